@@ -1,0 +1,1 @@
+"""What was seen, and how to find it again."""
