@@ -1,0 +1,131 @@
+"""The whole service on this machine: its own Redis when none is named, its own Ray, every deployment."""
+
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from ipaddress import ip_address
+from pathlib import Path
+
+from deploy.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+
+class CannotServe(RuntimeError):
+    """The service cannot start as it is configured; the message says what to change."""
+
+
+def check_host(settings: Settings) -> None:
+    """Raise CannotServe if the service would be open to others without a key."""
+    if settings.api.keys or is_loopback(settings.serve.host):
+        return
+    raise CannotServe(
+        f"refusing to listen on {settings.serve.host} without an API key: "
+        "configure TOKENLINE_API__KEYS, or listen on 127.0.0.1"
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether `host` is reached from this machine alone."""
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def free_port(host: str, port: int) -> int:
+    """Return `port`, or a free one for 0. Ray shares a taken port silently, so it is tried here first."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise CannotServe(f"cannot listen on {host}:{port}: {error.strerror}; set TOKENLINE_SERVE__PORT") from None
+        return int(probe.getsockname()[1])
+
+
+def with_local_defaults(settings: Settings, redis_url: str) -> Settings:
+    """Fill in what is known only on this machine: absolute folders and the address of its own Redis."""
+    store = settings.store.model_copy(update={"data_dir": settings.store.data_dir.resolve(), "redis_url": redis_url})
+    serve = settings.serve.model_copy(update={"port": free_port(settings.serve.host, settings.serve.port)})
+    return settings.model_copy(update={"store": store, "serve": serve})
+
+
+def needed_cpus(settings: Settings) -> int:
+    """Return the logical cores that let every deployment start once, however small the machine is."""
+    deployments = ("api", "ingest", "compressor", "search", "qa", "janitor")
+    asked = sum(part.cpus * part.min_replicas for part in (getattr(settings.serve, name) for name in deployments))
+    return max(os.cpu_count() or 1, int(asked) + 1)
+
+
+@contextmanager
+def serving(settings: Settings) -> Iterator[str]:
+    """Run the service and yield its base URL; everything it started is stopped on the way out."""
+    check_host(settings)
+    from store.connection import EmbeddedRedis
+
+    with ExitStack() as stack:
+        redis_url = settings.store.redis_url
+        if redis_url is None:
+            settings.store.data_dir.mkdir(parents=True, exist_ok=True)
+            redis_url = stack.enter_context(EmbeddedRedis.start(settings.store.data_dir)).url
+        settings = with_local_defaults(settings, redis_url)
+        stack.enter_context(_ray(settings))
+        yield f"http://{_shown_host(settings.serve.host)}:{settings.serve.port}"
+
+
+def _shown_host(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+@contextmanager
+def _ray(settings: Settings) -> Iterator[None]:
+    # Ray reads these when it is imported and started: no usage statistics leave the machine, no log line is repeated.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    import ray
+    from ray import serve
+
+    from deploy.app import APPLICATION, build
+
+    root = str(Path(__file__).parent.parent)
+    ray.init(
+        num_cpus=needed_cpus(settings),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+        runtime_env={"env_vars": {"PYTHONPATH": root}},
+    )
+    try:
+        serve.start(
+            http_options={
+                "host": settings.serve.host,
+                "port": settings.serve.port,
+                "request_timeout_s": settings.serve.request_timeout_s,
+            },
+            logging_config={"log_level": "WARNING", "enable_access_log": False},
+        )
+        serve.run(build(settings), name=APPLICATION, route_prefix="/")
+        yield
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+def run(settings: Settings) -> None:
+    """Keep the service up until interrupted, and print where it is."""
+    stopped = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopped.set())
+    with serving(settings) as url:
+        print(f"API   {url}/v1\ndocs  {url}/docs")
+        if not settings.api.keys:
+            print("No API key is configured: the service listens to this machine only and lets every caller in.")
+        print("Ctrl-C stops it.", flush=True)
+        stopped.wait()
