@@ -1,0 +1,85 @@
+"""Run every benchmark and write tests/benchmarks/RESULTS.md and results.jsonl.
+
+    python -m tests.benchmarks [NAME ...]
+
+Each benchmark is a module `bench_NAME` beside this file that prints one JSON object a line:
+`benchmark`, `case`, `ratio` (this project's cost over the other's; below 1 is cheaper), `against`, and any further figures.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+
+
+def machine() -> str:
+    """Describe this machine in one line."""
+    import torch
+
+    cpu = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"
+    return f"{cpu}, {os.cpu_count()} cores{gpu}; Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def measure(name: str, options: list[str]) -> list[dict[str, object]]:
+    """Run one benchmark in its own process and return what it printed."""
+    command = [sys.executable, "-m", f"tests.benchmarks.bench_{name}", *options]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    shown = f"python -m tests.benchmarks.bench_{name} {' '.join(options)}".strip()
+    return [json.loads(line) | {"command": shown} for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def table(rows: list[dict[str, object]]) -> str:
+    """Return the rows as Markdown, one table a benchmark."""
+    parts = []
+    for benchmark in dict.fromkeys(row["benchmark"] for row in rows):
+        chosen = [row for row in rows if row["benchmark"] == benchmark]
+        columns = [key for key in chosen[0] if key not in {"benchmark", "command"}]
+        parts.append(f"## {benchmark}\n\n`{chosen[0]['command']}`\n")
+        parts.append("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+        parts.extend("| " + " | ".join(_shown(row.get(column)) for column in columns) + " |" for row in chosen)
+        parts.append("")
+    return "\n".join(parts)
+
+
+def _shown(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def main() -> None:
+    every = sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
+    parser = argparse.ArgumentParser(description="Run the benchmarks.")
+    parser.add_argument("names", nargs="*", default=every, metavar="NAME", help=f"of: {', '.join(every)}")
+    names = parser.parse_args().names
+    if unknown := sorted(set(names) - set(every)):
+        parser.error(f"unknown: {', '.join(unknown)}; there are: {', '.join(every)}")
+    results = HERE / "results.jsonl"
+    kept = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    measured: list[dict[str, object]] = []
+    for name in names:
+        print(f"measuring {name} ...", flush=True)
+        measured += measure(name, [])
+    replaced = {row["benchmark"] for row in measured}
+    rows = sorted([row for row in kept if row["benchmark"] not in replaced] + measured, key=lambda row: row["benchmark"])
+    results.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (HERE / "RESULTS.md").write_text(
+        "# Measurements\n\n"
+        "Ratios are this project's cost over the other's in the same run on the same machine: below 1 is cheaper.\n"
+        "Absolute times are left out unless a GPU was there.\n\n"
+        f"Machine: {machine()}. Date: {datetime.now(UTC):%Y-%m-%d}. Command: `make bench`.\n\n{table(rows)}"
+    )
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
