@@ -1,0 +1,47 @@
+"""What one frame token is made of, and the grid on which frames are kept."""
+
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+BLOCK_SLOTS = 60  # slots of one Redis string: a minute at 1 fps
+HOUR_SLOTS = 3600  # slots of one keyframe folder and one search shard: an hour at 1 fps
+VECTOR_DTYPE = np.dtype("<f2")  # unit vectors lose nothing a search would notice in half precision
+TIME_DTYPE = np.dtype("<i8")
+
+
+class TokenFormat(BaseModel):
+    """The layout of a frame token (C2, D) and its search vector (P,), and the model that makes them.
+
+    Tokens of different fingerprints never mix: the fingerprint is a part of every timeline key.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    fingerprint: str = Field(pattern=r"^[0-9a-f]{16}$", description="Hash of the weights, the dtype, C and D.")
+    dtype: Literal["float16", "bfloat16", "float32"] = Field(description="The dtype the model computes in.")
+    tokens_per_frame: int = Field(ge=1, description="C2: vectors of one frame.")
+    width: int = Field(ge=1, description="D: width of the language model.")
+    vector_width: int = Field(ge=0, description="P: width of the search vector; 0 if the model makes none.")
+
+    @property
+    def numpy_dtype(self) -> np.dtype[np.generic]:
+        """The dtype of tokens in numpy, which has no bfloat16: its bit pattern travels as uint16."""
+        names: dict[str, str] = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4"}
+        return np.dtype(names[self.dtype])
+
+    @property
+    def token_shape(self) -> tuple[int, int]:
+        """(C2, D)."""
+        return self.tokens_per_frame, self.width
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one frame's tokens."""
+        return self.tokens_per_frame * self.width * self.numpy_dtype.itemsize
+
+    @property
+    def vector_bytes(self) -> int:
+        """Bytes of one frame's search vector as it is kept."""
+        return self.vector_width * VECTOR_DTYPE.itemsize

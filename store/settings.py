@@ -1,0 +1,58 @@
+"""Settings of the store."""
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, SecretStr
+
+
+class StoreSettings(BaseModel):
+    """Where memory is kept, and for how long what belongs to nothing may lie around."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    redis_url: str | None = Field(
+        default=None,
+        repr=False,  # it may carry a password
+        description="Address of Redis or Valkey 6.2 or newer: redis://, rediss:// or unix://. "
+        "Without one the service starts its own server in the data folder.",
+    )
+    data_dir: Path = Field(
+        default=Path("data"), description="Folder of uploads, the secret key, the own Redis and, by default, segments."
+    )
+    segments_url: str | None = Field(
+        default=None,
+        description="Root of the keyframes: a folder, s3://bucket/prefix, gs://... or any fsspec address. "
+        "Without one the folder `segments` in the data folder.",
+    )
+    secret_key: SecretStr | None = Field(
+        default=None,
+        description="Fernet key that camera passwords are encrypted with: 32 bytes, url-safe base64. "
+        "Without one a key is generated once and kept in the data folder.",
+    )
+    lease_ttl_s: PositiveFloat = Field(
+        default=10.0, description="A source whose owner was silent for so long is given to another, in seconds."
+    )
+    janitor_interval_s: PositiveFloat = Field(
+        default=60.0, description="Seconds between two sweeps of retention and purge."
+    )
+    upload_grace_s: PositiveFloat = Field(
+        default=3600.0, description="An uploaded file that no video refers to is removed after so many seconds."
+    )
+    moments_max_bytes: PositiveInt = Field(
+        default=2 << 30, description="Memory that search shards of one replica may hold; the oldest used go first."
+    )
+    moments_settle_s: PositiveFloat = Field(
+        default=120.0,
+        description="An hour of a source counts as complete, and is searched with 8 bits a number, "
+        "once the source has frames so many seconds newer.",
+    )
+
+    @property
+    def segments_root(self) -> str:
+        """The fsspec address under which keyframes lie."""
+        return self.segments_url if self.segments_url is not None else str(self.data_dir.resolve() / "segments")
+
+    @property
+    def uploads_dir(self) -> Path:
+        """The folder of uploaded files; a video's `file` is a name in it."""
+        return self.data_dir / "uploads"

@@ -1,0 +1,22 @@
+"""Fixtures that more than one part's tests share."""
+
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+
+from store.connection import EmbeddedRedis, StoreRedis, connect
+
+
+@pytest.fixture(scope="session")
+def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a real server that lives as long as the test run."""
+    with EmbeddedRedis.start(tmp_path_factory.mktemp("redis")) as server:
+        yield server.url
+
+
+@pytest.fixture
+async def redis(redis_url: str) -> AsyncIterator[StoreRedis]:
+    """A connection to an empty database."""
+    async with connect(redis_url) as client:
+        await client.flushdb()
+        yield client
