@@ -1,0 +1,505 @@
+"""A typed client of the REST API: what the CLI, the demo and any Python program speak to the service with.
+
+It reads leniently: fields that a newer server adds are kept and passed on, never refused.
+"""
+
+import io
+import json
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import httpx
+from pydantic import BaseModel, ConfigDict, SecretStr, ValidationError
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+CONNECT_TIMEOUT_S = 5.0
+READ_TIMEOUT_S = 60.0  # an answer's stream is never silent longer than its 15 s pings
+UPLOAD_TIMEOUT_S = 600.0  # the server answers an upload only when all of it is on its disk
+
+Time = float | datetime
+"""A moment of a source: seconds since the start of a video, a date with zone for a stream."""
+
+
+class ApiError(RuntimeError):
+    """The service refused a request: `code` and `status` as the REST API documents them."""
+
+    def __init__(self, message: str, *, code: str, status: int | None = None, request_id: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.status = status
+        self.request_id = request_id
+
+
+class Unreachable(ConnectionError):
+    """No service answers at the URL, or the connection was cut while it did."""
+
+
+class VideoFailed(RuntimeError):
+    """The service could not read a video to its end."""
+
+
+class _Read(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+
+class Stream(_Read):
+    """A registered camera."""
+
+    id: str
+    name: str
+    url: str
+    state: str
+    reason: str | None = None
+    fps: float
+    labels: dict[str, str] = {}
+
+
+class StreamHealth(_Read):
+    """How a camera is doing; `frames_1h` are the frames of the last hour."""
+
+    state: str
+    reason: str | None = None
+    since: str | float | None = None
+    last_frame_at: str | float | None = None
+    lag_s: float | None = None
+    reconnects_1h: int = 0
+    frames_1h: int = 0
+    next_retry_at: str | float | None = None
+
+
+class Video(_Read):
+    """An archived video and how far it is into the memory (`progress` 0 to 1)."""
+
+    id: str
+    name: str | None = None
+    status: Literal["queued", "processing", "ready", "failed"]
+    progress: float = 0.0
+    eta_s: float | None = None
+    duration_s: float | None = None
+    error: str | dict[str, Any] | None = None
+
+    @property
+    def reason(self) -> str | None:
+        """Why the video failed."""
+        return str(self.error.get("message", self.error)) if isinstance(self.error, dict) else self.error
+
+
+class Deleted(_Read):
+    """A source is gone; `purged_frames` of its frames were erased with it."""
+
+    id: str
+    purged_frames: int = 0
+
+
+class Moment(_Read):
+    """A stretch of a source that resembles what was searched for."""
+
+    source_id: str
+    start: str | float
+    end: str | float
+    time: str | float
+    score: float
+    frame_url: str | None = None
+
+
+class Citation(Moment):
+    """A moment that an answer rests on, and the method that found it."""
+
+    method: str | None = None
+
+
+class Gap(_Read):
+    """A stretch of a source without frames."""
+
+    source_id: str
+    start: str | float
+    end: str | float
+    reason: str
+
+
+class Coverage(_Read):
+    """What an answer was based on."""
+
+    slots_expected: int
+    frames_used: int
+    stride: int = 1
+    text_fusion: str
+    fusion_frames: int = 0
+    gaps: tuple[Gap, ...] = ()
+
+
+class Answer(_Read):
+    """A whole answer. `timing_ms` maps each stage to its milliseconds."""
+
+    id: str
+    model: str | None = None
+    answer: str = ""
+    finish_reason: str | None = None
+    citations: tuple[Citation, ...] = ()
+    coverage: Coverage
+    usage: dict[str, Any] = {}
+    timing_ms: dict[str, float] = {}
+
+
+class Created(_Read):
+    """The service has begun to work on a question."""
+
+    id: str
+    model: str | None = None
+
+
+class Delta(_Read):
+    """The next piece of an answer's text."""
+
+    delta: str
+
+
+class Cited(_Read):
+    """What the answer rests on."""
+
+    citations: tuple[Citation, ...]
+
+
+class Completed(Answer):
+    """The answer is finished."""
+
+
+AnswerEvent = Created | Delta | Cited | Completed
+
+_EVENTS: Mapping[str, type[Created | Delta | Cited | Completed]] = {
+    "answer.created": Created,
+    "answer.delta": Delta,
+    "answer.citations": Cited,
+    "answer.completed": Completed,
+}
+
+
+class Health(_Read):
+    """Whether the service can take questions, and the state of each of its parts."""
+
+    ready: bool
+    parts: dict[str, Any]
+
+
+class NewStream(BaseModel):
+    """A camera to be registered. A password goes here, never into the URL."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    url: str
+    username: str | None = None
+    password: SecretStr | None = None
+    transport: Literal["tcp", "udp"] = "tcp"
+    fps: float = 1.0
+    labels: dict[str, str] = {}
+    retention_hours: float | None = None
+
+    def body(self) -> dict[str, Any]:
+        """Return the JSON body of POST /v1/streams."""
+        body = self.model_dump(exclude={"retention_hours", "password"}, exclude_none=True)
+        if self.password is not None:
+            body["password"] = self.password.get_secret_value()
+        if self.retention_hours is not None:
+            body["retention"] = {"hours": self.retention_hours}
+        return body
+
+
+class Range(BaseModel):
+    """The part [start, end) of a stream or video; a time that is left out: from its first frame on, up to its last."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source_id: str
+    start: Time | None = None
+    end: Time | None = None
+
+    def body(self) -> dict[str, Any]:
+        """Return the source as questions and searches name it."""
+        key = "stream_id" if self.source_id.startswith("str_") else "video_id"
+        times = {"start": self.start, "end": self.end}
+        return {key: self.source_id} | {name: _json_time(at) for name, at in times.items() if at is not None}
+
+
+class Question(BaseModel):
+    """A question about one or more ranges."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    question: str
+    sources: tuple[Range, ...]
+    text_fusion: Literal["auto", "exact", "sampled", "none"] = "auto"
+    stride: int | Literal["auto"] = 1
+    max_output_tokens: int = 256
+    temperature: float = 0.0
+    seed: int | None = None
+
+    def body(self) -> dict[str, Any]:
+        """Return the JSON body of POST /v1/questions."""
+        body = self.model_dump(exclude={"sources"}, exclude_none=True)
+        return body | {"sources": [source.body() for source in self.sources]}
+
+
+def _json_time(at: Time) -> str | float:
+    return at.isoformat() if isinstance(at, datetime) else at
+
+
+class Client:
+    """One connection to a service. A context manager: leaving it closes the connection."""
+
+    def __init__(self, url: str = DEFAULT_URL, api_key: SecretStr | None = None) -> None:
+        headers = {"Authorization": f"Bearer {api_key.get_secret_value()}"} if api_key else {}
+        # A proxy of the environment cannot reach this machine's own service.
+        direct = {f"all://{host}": None for host in ("localhost", "127.0.0.1", "[::1]")}
+        timeout = httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
+        self.url = url.rstrip("/")
+        with _reaching(self.url):
+            self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout, mounts=direct)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._http.close()
+
+    def create_stream(self, stream: NewStream, *, wait_s: float = 0) -> Stream:
+        """Register a camera; with `wait_s` the service answers when the first frame is there, or after that time."""
+        query = {"wait": wait_s} if wait_s else {}
+        timeout = httpx.Timeout(READ_TIMEOUT_S + wait_s, connect=CONNECT_TIMEOUT_S)
+        body = stream.body()
+        return Stream.model_validate(self._create("/v1/streams", params=query, json=body, timeout=timeout))
+
+    def list_streams(self, *, state: str | None = None, label: str | None = None) -> Iterator[Stream]:
+        """Yield every stream that this key may see."""
+        query = {name: value for name, value in (("state", state), ("label", label)) if value is not None}
+        return (Stream.model_validate(one) for one in self._pages("/v1/streams", query))
+
+    def get_stream(self, stream_id: str) -> Stream:
+        """Return one stream."""
+        return Stream.model_validate(self._json("GET", f"/v1/streams/{stream_id}"))
+
+    def stream_health(self, stream_id: str) -> StreamHealth:
+        """Return how one stream is doing."""
+        return StreamHealth.model_validate(self._json("GET", f"/v1/streams/{stream_id}/health"))
+
+    def delete_stream(self, stream_id: str, *, purge: bool = False) -> Deleted:
+        """Stop a stream for good; `purge` erases its memory now instead of at the end of its retention."""
+        query = {"purge": "true" if purge else "false"}
+        return Deleted.model_validate(self._json("DELETE", f"/v1/streams/{stream_id}", params=query))
+
+    def upload_video(
+        self,
+        path: Path,
+        *,
+        name: str | None = None,
+        fps: float = 1.0,
+        recorded_at: datetime | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> Video:
+        """Upload a file; `on_progress` is told the bytes sent and the bytes there are."""
+        form = _without_none({"name": name, "fps": str(fps), "recorded_at": _text(recorded_at)})
+        timeout = httpx.Timeout(UPLOAD_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
+        with _Counted(path, on_progress) as file:
+            parts = {"file": (path.name, file, "application/octet-stream")}
+            return Video.model_validate(self._create("/v1/videos", files=parts, data=form, timeout=timeout))
+
+    def add_video(
+        self, url: str, *, name: str | None = None, fps: float = 1.0, recorded_at: datetime | None = None
+    ) -> Video:
+        """Let the service download a video from an http or https address; without `name` it is called as its file."""
+        name = name or url.partition("?")[0].rstrip("/").rpartition("/")[2]
+        body = _without_none({"url": url, "name": name, "fps": fps, "recorded_at": _text(recorded_at)})
+        return Video.model_validate(self._create("/v1/videos", json=body))
+
+    def list_videos(self) -> Iterator[Video]:
+        """Yield every video that this key may see."""
+        return (Video.model_validate(one) for one in self._pages("/v1/videos", {}))
+
+    def get_video(self, video_id: str) -> Video:
+        """Return one video."""
+        return Video.model_validate(self._json("GET", f"/v1/videos/{video_id}"))
+
+    def delete_video(self, video_id: str) -> Deleted:
+        """Delete a video and what is remembered of it."""
+        return Deleted.model_validate(self._json("DELETE", f"/v1/videos/{video_id}"))
+
+    def wait_video(
+        self, video_id: str, *, on_progress: Callable[[Video], None] | None = None, poll_s: float = 0.5
+    ) -> Video:
+        """Return the video once it is in memory; VideoFailed, with the reason, if it cannot be read."""
+        while True:
+            video = self.get_video(video_id)
+            if on_progress:
+                on_progress(video)
+            if video.status == "ready":
+                return video
+            if video.status == "failed":
+                raise VideoFailed(f"video {video.id} could not be read: {video.reason}")
+            time.sleep(poll_s)
+
+    def ask(self, question: Question) -> Iterator[AnswerEvent]:
+        """Yield the answer's events as they come; leaving the iterator early cancels the answer."""
+        body = question.body() | {"stream": True}
+        with _reaching(self.url), self._http.stream("POST", "/v1/questions", json=body) as response:
+            if response.is_error:
+                response.read()
+            _check(response)
+            yield from _answer_events(response.iter_lines())
+
+    def answer(self, question: Question) -> Answer:
+        """Return the whole answer at once."""
+        timeout = httpx.Timeout(UPLOAD_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)  # all of it is made before any is sent
+        return Answer.model_validate(self._json("POST", "/v1/questions", json=question.body(), timeout=timeout))
+
+    def search(
+        self, query: str, sources: Iterable[Range], *, top_k: int = 10, min_score: float | None = None
+    ) -> list[Moment]:
+        """Return the moments nearest to a text, best first."""
+        body: dict[str, Any] = {"query": query, "sources": [source.body() for source in sources], "top_k": top_k}
+        if min_score is not None:
+            body["min_score"] = min_score
+        return [Moment.model_validate(one) for one in self._json("POST", "/v1/search", json=body)["data"]]
+
+    def health(self) -> Health:
+        """Return the state of the service's parts; a part that is down is no error here."""
+        with _reaching(self.url):
+            response = self._http.get("/v1/health/ready")
+        if response.status_code not in (200, 503):
+            _check(response)
+        body = _object(response)
+        return Health(ready=response.status_code == 200, parts=body.get("parts", body))
+
+    def _create(self, path: str, **request: Any) -> dict[str, Any]:
+        return self._json("POST", path, headers={"Idempotency-Key": uuid.uuid4().hex}, **request)
+
+    def _pages(self, path: str, query: dict[str, str]) -> Iterator[dict[str, Any]]:
+        while True:
+            page = self._json("GET", path, params=query)
+            yield from page["data"]
+            if not page.get("has_more"):
+                return
+            query = query | {"cursor": page["next_cursor"]}
+
+    def _json(self, method: str, path: str, **request: Any) -> dict[str, Any]:
+        with _reaching(self.url):
+            response = self._http.request(method, path, **request)
+        _check(response)
+        return _object(response)
+
+
+@contextmanager
+def _reaching(url: str) -> Iterator[None]:
+    """Name the service in connection errors."""
+    try:
+        yield
+    except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+        raise Unreachable(f"{url} is no address of a service; it should look like {DEFAULT_URL}") from error
+    except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+        raise Unreachable(f"no service answers at {url}; start one with `tokenline run`") from error
+    except httpx.TimeoutException as error:
+        raise Unreachable(f"the service at {url} did not answer in time") from error
+    except httpx.TransportError as error:
+        raise Unreachable(f"the connection to {url} was lost") from error
+
+
+class _Counted(io.FileIO):
+    """A file that tells how much of it has been read."""
+
+    def __init__(self, path: Path, on_progress: Callable[[int, int], None] | None) -> None:
+        super().__init__(path, "rb")
+        self._total = path.stat().st_size
+        self._on_progress = on_progress
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        data = super().read(-1 if size is None else size) or b""
+        if self._on_progress:
+            self._on_progress(self.tell(), self._total)
+        return data
+
+
+def _without_none(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _text(at: datetime | None) -> str | None:
+    return at.isoformat() if at else None
+
+
+def _object(response: httpx.Response) -> dict[str, Any]:
+    try:
+        body = response.json()
+    except ValueError:
+        body = None
+    if not isinstance(body, dict):
+        raise ApiError(
+            f"{response.url.copy_with(query=None)} does not answer like a Tokenline service",
+            code="unexpected_response",
+            status=response.status_code,
+        )
+    return body
+
+
+def _check(response: httpx.Response) -> None:
+    """Raise ApiError if `response` is not a success."""
+    if response.is_success:
+        return
+    request_id = response.headers.get("X-Request-Id")
+    try:
+        error = _object(response).get("error")
+    except ApiError:
+        error = None
+    if not isinstance(error, dict):
+        error = {"message": f"the service answered {response.status_code}", "code": "unexpected_response"}
+    raise _api_error(error, status=response.status_code, request_id=request_id)
+
+
+def _api_error(error: Mapping[str, Any], *, status: int | None, request_id: str | None) -> ApiError:
+    return ApiError(
+        str(error.get("message", "the service gave no reason")),
+        code=str(error.get("code", "unexpected_response")),
+        status=status,
+        request_id=error.get("request_id") or request_id,
+    )
+
+
+def _answer_events(lines: Iterable[str]) -> Iterator[AnswerEvent]:
+    """Parse the server-sent events of an answer; unknown kinds are skipped, a cut stream is an error."""
+    for kind, data in _server_sent(lines):
+        if data == "[DONE]":
+            return
+        try:
+            if kind == "error":
+                body = json.loads(data)
+                raise _api_error(body.get("error", body), status=None, request_id=None)
+            if kind in _EVENTS:
+                yield _EVENTS[kind].model_validate_json(data)
+        except (ValidationError, ValueError) as error:
+            raise ApiError(
+                f"the service sent an event {kind} that cannot be read", code="unexpected_response"
+            ) from error
+    raise Unreachable("the answer was cut off: the connection ended before it was complete")
+
+
+def _server_sent(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yield (event, data) of a text/event-stream; comments are the server's sign of life and dropped."""
+    kind, data = "message", list[str]()
+    for line in lines:
+        if not line:
+            if data:
+                yield kind, "\n".join(data)
+            kind, data = "message", []
+        elif not line.startswith(":"):
+            field, _, value = line.partition(":")
+            value = value.removeprefix(" ")
+            if field == "event":
+                kind = value
+            elif field == "data":
+                data.append(value)
