@@ -1,0 +1,219 @@
+"""One connection to a live camera, read on the caller's thread.
+
+Facts about FFmpeg and cameras that shape this file, all measured:
+the end of iteration on a live source is a loss, not an end; closing a container from another thread crashes the
+process; the text of every PyAV error holds the whole URL, password included; `fflags=nobuffer` drops up to a GOP;
+`stimeout` is silently ignored; a read timeout is noticed after twice its time.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from threading import Event
+
+import av
+from av import Packet, VideoStream
+from av.container import InputContainer
+from av.error import FFmpegError, HTTPForbiddenError, HTTPNotFoundError, HTTPUnauthorizedError
+
+from ingest.address import AddressPolicy, UnknownHost, camera_url, resolve_camera
+from ingest.assignment import Camera
+from ingest.clock import CaptureClock
+from ingest.sampler import Sampler, slot_of
+from ingest.settings import IngestSettings
+
+logger = logging.getLogger(__name__)
+
+
+class CameraFault(Exception):
+    """Why a connection did not come about or ended; messages hold neither URL nor password."""
+
+
+class CameraUnreachable(CameraFault, ConnectionError):
+    """Nothing answers at the address, or what answers is no RTSP server."""
+
+
+class CameraAuthFailed(CameraFault, PermissionError):
+    """The camera refused the user name or the password."""
+
+
+class CameraPathNotFound(CameraFault, LookupError):
+    """The camera answers, but has no such stream."""
+
+
+class CameraTimeout(CameraFault, TimeoutError):
+    """The camera stopped sending, or never answered."""
+
+
+class CameraEnded(CameraFault, ConnectionError):
+    """The camera ended the connection."""
+
+
+class NoVideo(CameraFault, ValueError):
+    """The stream carries no video that can be decoded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """The picture chosen for a slot; `time_s` is its capture time in unix seconds."""
+
+    slot: int
+    time_s: float
+    image: av.VideoFrame
+
+
+class CameraSession:
+    """Opens a camera once and yields the pictures of new slots until the connection is lost.
+
+    `halt` ends it at the next packet; `beat` is called whenever something arrives. `damaged` counts the packets that
+    could not be decoded.
+    """
+
+    def __init__(
+        self, camera: Camera, sampler: Sampler, settings: IngestSettings, halt: Event, beat: Callable[[], None]
+    ) -> None:
+        self.damaged = 0
+        self._camera = camera
+        self._sampler = sampler
+        self._settings = settings
+        self._halt = halt
+        self._beat = beat
+        self._clock = CaptureClock()
+        self._gate = PacketGate(sampler)
+
+    def pictures(self) -> Iterator[Picture]:
+        """Yield chosen pictures; returns only when halted. Raises CameraFault, and BadUrl for a forbidden address."""
+        container = self._open()
+        try:
+            for packet, time_s in self._packets(container):
+                if self._gate.wants(packet.is_keyframe, time_s):
+                    yield from self._decode(packet, _start_realtime(container))
+        finally:
+            container.close()
+        if not self._halt.is_set():
+            raise CameraEnded("the camera ended the connection")
+
+    def _open(self) -> InputContainer:
+        camera, settings = self._camera, self._settings
+        try:
+            address = resolve_camera(camera.url, AddressPolicy(settings.allowed_networks))
+        except UnknownHost as error:
+            raise CameraUnreachable(str(error)) from None
+        secure = camera.url.startswith("rtsps:")
+        # TLS servers are chosen by name, so only a plain connection can be nailed to the address that was checked.
+        url = camera_url(camera.url, camera.username, camera.password, None if secure else address)
+        options = {
+            "rtsp_transport": camera.transport,
+            "allowed_media_types": "video",  # sound would keep a connection alive whose video has stalled
+            "fpsprobesize": "0",
+            "analyzeduration": "2000000",
+            "protocol_whitelist": "rtsp,rtp,tcp,udp,tls" if secure else "rtsp,rtp,tcp,udp",
+        }
+        fault: CameraFault
+        try:
+            timeout = (settings.open_timeout_s, settings.read_timeout_s)
+            container = av.open(url, format="rtsp", options=options, timeout=timeout)
+        except (FFmpegError, OSError, ValueError) as error:
+            fault = _fault(error)
+        else:
+            if container.streams.video:
+                return container
+            container.close()
+            fault = NoVideo("the stream carries no video")
+        raise fault  # outside of the handler: the original error, which holds the password, is not chained
+
+    def _packets(self, container: InputContainer) -> "Iterator[tuple[Packet[VideoStream], float | None]]":
+        """Yield packets with their capture time; a packet without a time stamp (often the first) has None."""
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1
+        stream.codec_context.options = {"max_pixels": str(self._settings.max_pixels)}
+        fault: CameraFault | None = None
+        try:
+            for packet in container.demux(stream):
+                if self._halt.is_set() or packet.size == 0:  # empty packets flush decoders: the camera is gone
+                    return
+                arrived = time.time()
+                self._beat()
+                time_s = None
+                if packet.pts is not None:
+                    stream_time = float(packet.pts * packet.time_base)
+                    time_s = self._clock.observe(stream_time, arrived, _start_realtime(container))
+                yield packet, time_s
+        except (FFmpegError, OSError) as error:
+            fault = _fault(error)
+        if fault is not None:
+            raise fault
+
+    def _decode(self, packet: "Packet[VideoStream]", start_realtime: float | None) -> Iterator[Picture]:
+        context = packet.stream.codec_context
+        try:
+            images = list(packet.decode())
+            if self._gate.skips_rest:
+                # The decoder holds pictures back to reorder them: with nothing to follow, make it let go.
+                images += context.decode(None)
+                context.flush_buffers()
+        except FFmpegError:
+            self.damaged += 1
+            return
+        for image in images:
+            if image.pts is None:
+                continue
+            time_s = self._clock.wall(float(image.pts * packet.time_base), start_realtime)
+            pick = None if time_s is None else self._sampler.offer(time_s)
+            if pick is not None:
+                yield Picture(pick.slot, pick.time_s, image)
+
+
+class PacketGate:
+    """Decides which packets are worth decoding: with frequent keyframes, they alone cost a fifth.
+
+    Applies where four keyframes in a row are at most 1.05 slots apart and a slot lasts a second or more. Where the
+    next keyframe would come too late for a slot, the pictures in between are decoded as well.
+    """
+
+    def __init__(self, sampler: Sampler) -> None:
+        self.skips_rest = False
+        self._sampler = sampler
+        self._keys: list[float] = []
+
+    def wants(self, is_keyframe: bool, time_s: float | None) -> bool:
+        """Tell whether to decode the packet; to be asked of every packet in order."""
+        if not is_keyframe:
+            return not self.skips_rest
+        if time_s is None:
+            self.skips_rest = False
+            return True
+        self._keys = [*self._keys[-3:], time_s]
+        self.skips_rest = self._keys_suffice(time_s)
+        return not (self.skips_rest and self._sampler.is_taken(slot_of(time_s, self._sampler.fps)))
+
+    def _keys_suffice(self, time_s: float) -> bool:
+        fps = self._sampler.fps
+        if fps > 1 or len(self._keys) < 4:
+            return False
+        spacing = max(later - earlier for earlier, later in zip(self._keys, self._keys[1:], strict=False))
+        next_by = time_s + spacing + 0.05  # pictures jitter
+        return 0 < spacing <= 1.05 / fps and slot_of(next_by, fps) <= slot_of(time_s, fps) + 1
+
+
+def _start_realtime(container: InputContainer) -> float | None:
+    """Return the unix time of stream time 0 by the camera's clock; None until it has reported one."""
+    micros = container.start_time_realtime
+    return micros / 1e6 if micros else None
+
+
+def _fault(error: Exception) -> CameraFault:
+    """Name what happened. Of the error only its kind and `strerror` may be told: the rest holds the password."""
+    if isinstance(error, HTTPUnauthorizedError | HTTPForbiddenError):
+        return CameraAuthFailed("the camera refused the user name or the password")
+    if isinstance(error, HTTPNotFoundError):
+        return CameraPathNotFound("the camera has no stream at this path")
+    if isinstance(error, TimeoutError | av.error.ExitError):
+        return CameraTimeout("the camera sent nothing for too long")
+    if isinstance(error, av.error.InvalidDataError):
+        return CameraUnreachable("what answers at this address does not speak RTSP, or answers too late")
+    if isinstance(error, ConnectionRefusedError):
+        return CameraUnreachable("connection refused: nothing listens on this port")
+    reason = error.strerror if isinstance(error, OSError | FFmpegError) and error.strerror else type(error).__name__
+    return CameraUnreachable(f"the connection failed: {reason}")

@@ -1,0 +1,95 @@
+"""Archives fetched over HTTP into the upload folder."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event
+from urllib.parse import urljoin, urlsplit
+
+import httpx
+
+from ingest.address import AddressPolicy, resolve_download
+
+MAX_REDIRECTS = 5
+CHUNK_BYTES = 1 << 20
+
+
+class DownloadFailed(ConnectionError):
+    """The file could not be fetched; the message says why, without credentials or query of the URL."""
+
+
+class DownloadTooLarge(ValueError):
+    """The file is larger than allowed."""
+
+
+class Downloader:
+    """Fetches one file. Every address, also of a redirect, is checked, and exactly the checked one is connected to."""
+
+    def __init__(self, policy: AddressPolicy, *, max_bytes: int, timeout_s: float) -> None:
+        self._policy = policy
+        self._max_bytes = max_bytes
+        self._timeout_s = timeout_s
+
+    def fetch(self, url: str, target: Path, halt: Event) -> bool:
+        """Write the file to `target`, whole or not at all; False when halted. Blocks.
+
+        Raises BadUrl, DownloadFailed, DownloadTooLarge, OSError when the disk refuses.
+        """
+        part = target.with_name(target.name + ".part")
+        try:
+            with self._client() as client, self._response(client, url) as response, part.open("wb") as file:
+                size = 0
+                for chunk in response.iter_bytes(CHUNK_BYTES):
+                    if halt.is_set():
+                        return False
+                    size += len(chunk)
+                    self._check_size(size)
+                    file.write(chunk)
+            part.replace(target)
+            return True
+        except httpx.TimeoutException:
+            raise DownloadFailed("the server of the file sent nothing for too long") from None
+        except httpx.HTTPError as error:
+            raise DownloadFailed(f"the file could not be fetched: {type(error).__name__}") from None
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _client(self) -> httpx.Client:
+        # Proxies from the environment would resolve names themselves, past the check.
+        return httpx.Client(trust_env=False, follow_redirects=False, timeout=self._timeout_s)
+
+    @contextmanager
+    def _response(self, client: httpx.Client, url: str) -> Iterator[httpx.Response]:
+        for _ in range(MAX_REDIRECTS + 1):
+            request = self._request(client, url)
+            response = client.send(request, stream=True)
+            try:
+                if response.is_redirect:
+                    url = urljoin(url, response.headers.get("location", ""))
+                    continue
+                if response.status_code != httpx.codes.OK:
+                    raise DownloadFailed(f"the server of the file answered {response.status_code}")
+                self._check_size(int(response.headers.get("content-length", "0")))
+                yield response
+                return
+            finally:
+                response.close()
+        raise DownloadFailed(f"the file was redirected more than {MAX_REDIRECTS} times")
+
+    def _request(self, client: httpx.Client, url: str) -> httpx.Request:
+        """Return a request that goes to the checked address but names the host, to server and certificate alike."""
+        address = resolve_download(url, self._policy)
+        host = urlsplit(url).hostname or ""
+        named = httpx.URL(url)
+        return client.build_request(
+            "GET",
+            named.copy_with(host=address),
+            headers={"Host": named.netloc.decode("ascii"), "Accept-Encoding": "identity"},
+            extensions={"sni_hostname": host},
+        )
+
+    def _check_size(self, size: int) -> None:
+        if size > self._max_bytes:
+            raise DownloadTooLarge(
+                f"the file has more than {self._max_bytes} bytes; TOKENLINE_INGEST__MAX_DOWNLOAD_BYTES sets the limit"
+            )
