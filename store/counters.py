@@ -1,0 +1,23 @@
+"""Totals that outlive processes: frames kept, frames dropped, reconnects, questions."""
+
+from typing import Any
+
+from redis.asyncio import Redis
+
+_KEY = "counters"
+
+
+class Counters:
+    """Named totals of the whole installation. Raises StoreUnavailable."""
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+
+    async def bump(self, name: str, amount: int = 1) -> None:
+        """Add to a total, which begins at 0."""
+        await self._redis.hincrby(_KEY, name, amount)
+
+    async def counters(self) -> dict[str, int]:
+        """Return all totals, by name."""
+        totals: dict[Any, Any] = await self._redis.hgetall(_KEY)
+        return {name.decode(): int(total) for name, total in sorted(totals.items())}
