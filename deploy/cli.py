@@ -20,6 +20,7 @@ from pydantic_settings import (
     SettingsConfigDict,
     SettingsError,
 )
+from yaml import YAMLError
 
 from deploy import display
 from deploy.client import (
@@ -32,10 +33,10 @@ from deploy.client import (
     Question,
     Range,
     Time,
-    Unreachable,
     Video,
     VideoFailed,
 )
+from deploy.local import CannotServe, run
 from deploy.settings import PREFIX, Settings
 from deploy.times import BadTime, parse_duration, parse_moment, parse_position
 
@@ -74,8 +75,6 @@ class Run(Settings):
     """Run every part of the service on this machine until interrupted."""
 
     def cli_cmd(self) -> None:
-        from deploy.local import run
-
         run(self)
 
 
@@ -192,9 +191,10 @@ class AddVideo(Remote):
 
     def cli_cmd(self) -> None:
         with self.connect() as client, display.video_progress() as progress:
-            video = self._add(client, progress.sent)
+            bars = display.VideoProgress(progress)
+            video = self._add(client, bars.sent)
             if self.wait:
-                video = client.wait_video(video.id, on_progress=progress.read)
+                video = client.wait_video(video.id, on_progress=bars.read)
         display.print_json(video) if self.json_ else display.print_videos([video])
 
     def _add(self, client: Client, on_progress: Callable[[int, int], None]) -> Video:
@@ -425,13 +425,16 @@ def run_command(arguments: list[str]) -> int:
         for fault in error.errors(include_input=False, include_url=False, include_context=False):
             display.print_error(f"{'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}")
         return 2
-    except (UsageError, BadTime, SettingsError) as error:
+    except (UsageError, BadTime, SettingsError, YAMLError) as error:
         display.print_error(str(error))
         return 2
     except ApiError as error:
         display.print_error(str(error), code=error.code, request_id=error.request_id)
         return 1
-    except (VideoFailed, Unreachable) as error:
+    except BrokenPipeError:  # whoever read the output has gone; nothing may be flushed into the pipe at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (VideoFailed, CannotServe, OSError) as error:
         display.print_error(str(error))
         return 1
     except SystemExit as stop:

@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -185,6 +185,17 @@ class Health(_Read):
 
     ready: bool
     parts: dict[str, Any]
+
+
+class Model(_Read):
+    """The model that answers; `untrained` weights give answers without meaning."""
+
+    id: str
+    fingerprint: str
+    tokens_per_frame: int
+    max_frames: int
+    untrained: bool = False
+    note: str | None = None
 
 
 class NewStream(BaseModel):
@@ -367,6 +378,16 @@ class Client:
         if min_score is not None:
             body["min_score"] = min_score
         return [Moment.model_validate(one) for one in self._json("POST", "/v1/search", json=body)["data"]]
+
+    def frames_kept(self, stream_id: str, since: datetime) -> int:
+        """Return how many frames of a stream are in memory from `since` to now."""
+        query = {"start": since.isoformat(), "end": datetime.now(UTC).isoformat()}
+        timeline = self._json("GET", f"/v1/sources/{stream_id}/timeline", params=query)
+        return sum(bucket["frames"] for bucket in timeline["buckets"])
+
+    def model(self) -> Model:
+        """Return the model that answers."""
+        return Model.model_validate(self._json("GET", "/v1/models")["data"][0])
 
     def health(self) -> Health:
         """Return the state of the service's parts; a part that is down is no error here."""

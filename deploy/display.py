@@ -148,11 +148,11 @@ class VideoProgress:
 
 
 @contextmanager
-def video_progress() -> Iterator[VideoProgress]:
+def video_progress() -> Iterator[Progress]:
     """Show progress bars on standard error, which leaves standard output to the result."""
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), _TimeLeft())
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        yield VideoProgress(progress)
+        yield progress
 
 
 def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, none: str) -> None:
