@@ -1,0 +1,632 @@
+"""The registry: streams and videos, their state and their gaps. The one truth about them for every process."""
+
+import base64
+import re
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypedDict, TypeVar, Unpack
+from uuid import uuid4
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from redis.asyncio import Redis
+
+from store.cipher import Cipher
+from store.gaps import Gap as Gap
+from store.gaps import Gaps
+from store.leases import Leases, lease_key
+from store.timeline import has_tokens
+
+Item = TypeVar("Item")
+StreamState = Literal["connecting", "online", "degraded", "reconnecting", "auth_failed", "disabled"]
+VideoState = Literal["queued", "processing", "ready", "failed"]
+PAGE_LIMIT = 1000
+
+
+class SourceNotFound(LookupError):
+    """No such source, or it was purged."""
+
+    def __str__(self) -> str:
+        return f"there is no source {self.args[0]}"
+
+
+class StreamNotFound(SourceNotFound):
+    """No such stream, or it was deleted."""
+
+    def __str__(self) -> str:
+        return f"there is no stream {self.args[0]}"
+
+
+class VideoNotFound(SourceNotFound):
+    """No such video, or it was deleted."""
+
+    def __str__(self) -> str:
+        return f"there is no video {self.args[0]}"
+
+
+class StreamExists(ValueError):
+    """Another stream has the same name or address."""
+
+    def __init__(self, existing_id: str, field: Literal["name", "url"]) -> None:
+        super().__init__(existing_id, field)
+        self.existing_id = existing_id
+        self.field = field
+
+    def __str__(self) -> str:
+        return (
+            f"stream {self.existing_id} has this {self.field} already; change that one or choose another {self.field}"
+        )
+
+
+class StateConflict(RuntimeError):
+    """The source is in a state that does not allow what was asked."""
+
+
+class BadCursor(ValueError):
+    """A cursor that no list has given out."""
+
+    def __str__(self) -> str:
+        return "the cursor is not one that this list returned; start without one"
+
+
+class _Frozen(BaseModel):
+    # Inputs are hidden because one of them may be a password.
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+
+class NewStream(_Frozen):
+    """What a stream is registered with."""
+
+    name: str = Field(min_length=1, max_length=200)
+    url: str = Field(min_length=1, max_length=2000, description="rtsp:// or rtsps:// without credentials.")
+    username: str | None = None
+    password: SecretStr | None = None
+    transport: Literal["tcp", "udp"] = "tcp"
+    fps: float = Field(default=1.0, gt=0, le=30, allow_inf_nan=False)
+    labels: dict[str, str] = Field(default_factory=dict)
+    retention_hours: float = Field(default=168.0, gt=0, allow_inf_nan=False)
+    enabled: bool = True
+
+
+class StreamChanges(TypedDict, total=False):
+    """What may be changed of a stream; `password` None removes it."""
+
+    name: str
+    url: str
+    username: str | None
+    password: str | None
+    transport: Literal["tcp", "udp"]
+    fps: float
+    labels: dict[str, str]
+    retention_hours: float
+    enabled: bool
+
+
+class Stream(_Frozen):
+    """A registered camera. `deleted`: no longer listed or recorded, its memory answers until retention takes it."""
+
+    id: str
+    name: str
+    url: str
+    username: str | None
+    has_password: bool
+    transport: Literal["tcp", "udp"]
+    fps: float
+    labels: dict[str, str]
+    retention_hours: float
+    enabled: bool
+    created_at: float
+    deleted: bool = False
+
+
+class StreamStatus(_Frozen):
+    """How a stream is doing; times in seconds since the Unix epoch."""
+
+    state: StreamState
+    since: float
+    reason: str | None = None
+    last_frame_at: float | None = None
+    lag_s: float | None = None
+    reconnects_1h: int = 0
+    frames_1h: int = 0
+    dropped_frames: int = 0
+    next_retry_at: float | None = None
+
+
+class NewVideo(_Frozen):
+    """What a video is registered with: a file in the upload folder, or the address to download it from."""
+
+    name: str = Field(min_length=1, max_length=200)
+    file: str | None = None
+    url: str | None = None
+    recorded_at: float | None = None
+    fps: float = Field(default=1.0, gt=0, le=30, allow_inf_nan=False)
+
+
+class VideoStatus(_Frozen):
+    """How far a video has been read: progress 0..1, durations in seconds."""
+
+    status: VideoState = "queued"
+    progress: float = Field(default=0.0, ge=0, le=1)
+    eta_s: float | None = None
+    duration_s: float | None = None
+    error: str | None = None
+
+
+class Video(_Frozen):
+    """An archived file and how far it has been read."""
+
+    id: str
+    name: str
+    file: str | None
+    url: str | None
+    recorded_at: float | None
+    fps: float
+    created_at: float
+    status: VideoState
+    progress: float
+    eta_s: float | None
+    duration_s: float | None
+    error: str | None
+
+
+Source = Stream | Video
+
+
+@dataclass(frozen=True, slots=True)
+class Page(Generic[Item]):
+    """A part of a list in order of creation; `next_cursor` is None on the last one."""
+
+    items: tuple[Item, ...]
+    next_cursor: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A source as its caretaker sees it: `purge` asks for all of it to be erased."""
+
+    source: Source
+    purge: bool
+
+
+class _StreamRecord(_Frozen):
+    stream: Stream
+    secret: str | None  # the encrypted password
+    purge: bool = False
+
+
+class _VideoRecord(_Frozen):
+    id: str
+    new: NewVideo
+    created_at: float
+    purge: bool = False
+
+    def video(self, status: VideoStatus) -> Video:
+        return Video(id=self.id, created_at=self.created_at, **self.new.model_dump(), **status.model_dump())
+
+
+_Record = TypeVar("_Record", _StreamRecord, _VideoRecord)
+
+# One hash tag for the registry, so that a record changes together with its indexes.
+_STREAMS, _VIDEOS = "reg:{sources}:streams", "reg:{sources}:videos"
+_NAMES, _URLS = "reg:{sources}:names", "reg:{sources}:urls"
+_SEQUENCE = "reg:{sources}:sequence"
+_UNFINISHED = "reg:{sources}:unfinished"  # videos that are still to be read
+
+# Replaces a record if it is still the one that was read; an empty text stands for "none" on either side.
+# KEYS: records, order, sequence, names, urls.
+# ARGV: id, old record, new record, old name, new name, old url, new url.
+_REPLACE = """
+local id = ARGV[1]
+if (redis.call('HGET', KEYS[1], id) or '') ~= ARGV[2] then return {'changed'} end
+for at, field in ipairs({'name', 'url'}) do
+  local index, new = KEYS[3 + at], ARGV[3 + 2 * at]
+  local holder = new ~= '' and redis.call('HGET', index, new)
+  if holder and holder ~= id then return {field, holder} end
+end
+for at = 1, 2 do
+  local index, old, new = KEYS[3 + at], ARGV[2 + 2 * at], ARGV[3 + 2 * at]
+  if old ~= '' then redis.call('HDEL', index, old) end
+  if new ~= '' then redis.call('HSET', index, new, id) end
+end
+redis.call('HSET', KEYS[1], id, ARGV[3])
+if ARGV[2] == '' then redis.call('ZADD', KEYS[2], redis.call('INCR', KEYS[3]), id) end
+return {'done'}
+"""
+
+_SET_STATUS = """
+if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[2], ARGV[2])
+return 1
+"""
+
+
+class Sources:
+    """Streams and videos in Redis. Raises StoreUnavailable."""
+
+    def __init__(self, redis: Redis, cipher: Cipher) -> None:
+        self._redis = redis
+        self._cipher = cipher
+        self._leases = Leases(redis)
+        self._gaps = Gaps(redis)
+        self._replace = redis.register_script(_REPLACE)
+        self._set_status = redis.register_script(_SET_STATUS)
+
+    # streams
+
+    async def create_stream(self, new: NewStream) -> Stream:
+        """Register a stream; StreamExists if one has its name or url."""
+        stream = Stream(
+            id=f"str_{uuid4().hex[:12]}",
+            has_password=new.password is not None,
+            created_at=time.time(),
+            **new.model_dump(exclude={"password"}),
+        )
+        secret = None if new.password is None else self._cipher.encrypt(new.password.get_secret_value())
+        await self._replace_stream(None, _StreamRecord(stream=stream, secret=secret))
+        return stream
+
+    async def get_stream(self, stream_id: str) -> Stream:
+        """Return a stream that is not deleted; StreamNotFound."""
+        return (await self._stream_record(stream_id)).stream
+
+    async def list_streams(
+        self,
+        *,
+        state: StreamState | None = None,
+        label: str | None = None,
+        cursor: str | None = None,
+        limit: int = 100,
+        visible: frozenset[str] | None = None,
+    ) -> Page[Stream]:
+        """Return streams in order of creation: of a state, with a label (`key` or `key=value`), among the visible ones.
+
+        BadCursor if the cursor is not one of ours.
+        """
+
+        async def choose(ids: Sequence[str]) -> list[Stream | None]:
+            records = [_parse(_StreamRecord, raw) for raw in await self._raw(_STREAMS, ids)]
+            chosen = [record.stream if record and _labelled(record.stream, label) else None for record in records]
+            if state is None:
+                return chosen
+            statuses = await self.statuses([stream for stream in chosen if stream])
+            return [stream if stream and statuses[stream.id].state == state else None for stream in chosen]
+
+        return await self._page(f"{_STREAMS}:order", choose, cursor, limit, visible)
+
+    async def update_stream(self, stream_id: str, **changes: Unpack[StreamChanges]) -> Stream:
+        """Change a stream and return it; its owner loses it, so that it is claimed anew with the new settings.
+
+        StreamNotFound; StreamExists if another one has the new name or url; StateConflict for another fps while frames
+        are kept, since their slots were counted with the old one; ValueError for values that cannot be.
+        """
+        while True:
+            old = await self._stream_record(stream_id)
+            record = self._changed(old, changes)
+            if record.stream.fps != old.stream.fps:
+                await self._leases.revoke(stream_id)  # so that no frame arrives after the check
+                if await has_tokens(self._redis, stream_id):
+                    raise StateConflict(
+                        f"fps of {stream_id} is fixed while frames are kept: erase its memory first, "
+                        "or register the camera again after deleting this stream"
+                    )
+            if await self._replace_stream(old, record):
+                break
+        if _recording(record) != _recording(old):
+            await self._leases.revoke(stream_id)
+            status = _waiting(record.stream, time.time())
+            await self._redis.set(_status_key(stream_id), status.model_dump_json())
+        return record.stream
+
+    async def delete_stream(self, stream_id: str, *, purge: bool = False) -> None:
+        """Stop and unlist a stream; its name and url are free again. StreamNotFound.
+
+        Without `purge` its memory answers until retention takes it. With `purge` the source is gone at once and its
+        memory is erased by the caller or, whatever becomes of the caller, by the janitor.
+        """
+        while True:
+            old = await self._stream_record(stream_id)
+            gone = old.model_copy(
+                update={"stream": old.stream.model_copy(update={"deleted": True, "enabled": False}), "purge": purge}
+            )
+            gone = gone.model_copy(update={"secret": None})
+            if await self._replace_stream(old, gone):
+                break
+        await self._redis.zrem(f"{_STREAMS}:order", stream_id)
+        await self._leases.revoke(stream_id)
+
+    async def password(self, stream_id: str) -> str | None:
+        """Return the camera's password for the one who connects to it; StreamNotFound, WrongKey."""
+        secret = (await self._stream_record(stream_id)).secret
+        return None if secret is None else self._cipher.decrypt(secret)
+
+    async def status(self, stream_id: str) -> StreamStatus:
+        """Return how a stream is doing; StreamNotFound. A deleted stream is `disabled`."""
+        record = _parse(_StreamRecord, (await self._raw(_STREAMS, [stream_id]))[0])
+        if record is None or record.purge:
+            raise StreamNotFound(stream_id)
+        return (await self.statuses([record.stream]))[stream_id]
+
+    async def statuses(self, streams: Sequence[Stream]) -> dict[str, StreamStatus]:
+        """Return how the streams are doing, by id, in one round trip.
+
+        What the last owner reported counts only while the stream has an owner.
+        """
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for stream in streams:
+                pipe.get(_status_key(stream.id))
+            replies = await pipe.execute()
+        unowned = frozenset(await self._leases.unowned([stream.id for stream in streams]))
+        statuses = {}
+        for stream, raw in zip(streams, replies, strict=True):
+            status = _waiting(stream, stream.created_at) if raw is None else StreamStatus.model_validate_json(raw)
+            if not stream.enabled:
+                status = status.model_copy(update={"state": "disabled", "reason": None, "next_retry_at": None})
+            elif stream.id in unowned and status.state not in ("connecting", "disabled"):
+                reason = "no ingest worker has this stream now; the next free one takes it"
+                status = status.model_copy(update={"state": "reconnecting", "reason": reason})
+            statuses[stream.id] = status
+        return statuses
+
+    async def set_status(self, stream_id: str, epoch: int, status: StreamStatus) -> bool:
+        """Note what the owner reports; False, and nothing noted, if the epoch is stale."""
+        return await self._note(stream_id, epoch, status)
+
+    # videos
+
+    async def create_video(self, new: NewVideo) -> Video:
+        """Register a video, status `queued`; ValueError unless it has exactly one of file and url."""
+        if (new.file is None) == (new.url is None):
+            raise ValueError("a video comes from an uploaded file or from a url: give exactly one")
+        record = _VideoRecord(id=f"vid_{uuid4().hex[:12]}", new=new, created_at=time.time())
+        await self._redis.sadd(_UNFINISHED, record.id)
+        await self._replace_video(None, record)
+        return record.video(VideoStatus())
+
+    async def get_video(self, video_id: str) -> Video:
+        """Return a video; VideoNotFound."""
+        return (await self._videos([video_id], missing=VideoNotFound))[0]
+
+    async def list_videos(
+        self,
+        *,
+        status: VideoState | None = None,
+        cursor: str | None = None,
+        limit: int = 100,
+        visible: frozenset[str] | None = None,
+    ) -> Page[Video]:
+        """Return videos in order of creation, of a status, among the visible ones. BadCursor."""
+
+        async def choose(ids: Sequence[str]) -> list[Video | None]:
+            found = {video.id: video for video in await self._videos(ids)}
+            videos = [found.get(video_id) for video_id in ids]
+            return [video if video and status in (None, video.status) else None for video in videos]
+
+        return await self._page(f"{_VIDEOS}:order", choose, cursor, limit, visible)
+
+    async def set_video_status(self, video_id: str, epoch: int, status: VideoStatus) -> bool:
+        """Note what the owner reports; False, and nothing noted, if the epoch is stale."""
+        noted = await self._note(video_id, epoch, status)
+        if noted and status.status in ("ready", "failed"):
+            await self._redis.srem(_UNFINISHED, video_id)
+        return noted
+
+    async def delete_video(self, video_id: str) -> None:
+        """Delete a video and ask for its memory to be erased; VideoNotFound."""
+        while True:
+            old = _parse(_VideoRecord, (await self._raw(_VIDEOS, [video_id]))[0])
+            if old is None or old.purge:
+                raise VideoNotFound(video_id)
+            if await self._replace_video(old, old.model_copy(update={"purge": True})):
+                break
+        async with self._redis.pipeline(transaction=False) as pipe:
+            pipe.zrem(f"{_VIDEOS}:order", video_id)
+            pipe.srem(_UNFINISHED, video_id)
+            await pipe.execute()
+        await self._leases.revoke(video_id)
+
+    # both
+
+    async def source(self, source_id: str) -> Source:
+        """Return a stream, deleted or not, or a video; SourceNotFound."""
+        if source_id.startswith("vid_"):
+            return (await self._videos([source_id], missing=SourceNotFound))[0]
+        record = _parse(_StreamRecord, (await self._raw(_STREAMS, [source_id]))[0])
+        if record is None or record.purge:
+            raise SourceNotFound(source_id)
+        return record.stream
+
+    async def claimable(self) -> list[Source]:
+        """Return what wants an owner: enabled streams and unfinished videos, owned or not, in four round trips."""
+        unfinished: Any = await self._redis.smembers(_UNFINISHED)
+        videos = await self._videos(sorted(member.decode() for member in unfinished))
+        streams = [kept.source for kept in await self._kept_streams() if not kept.purge]
+        return [
+            *(stream for stream in streams if isinstance(stream, Stream) and stream.enabled and not stream.deleted),
+            *(video for video in videos if video.status in ("queued", "processing")),
+        ]
+
+    async def everything(self) -> list[Kept]:
+        """Return every source that anything may be kept of, deleted and purged ones included."""
+        raw: dict[Any, Any] = await self._redis.hgetall(_VIDEOS)
+        records = [_VideoRecord.model_validate_json(one) for one in raw.values()]
+        statuses = await self._video_statuses([record.id for record in records])
+        videos = [Kept(record.video(status), record.purge) for record, status in zip(records, statuses, strict=True)]
+        return [*await self._kept_streams(), *videos]
+
+    async def forget(self, source_id: str) -> None:
+        """Remove the last trace of a deleted source from the registry, once its memory is erased."""
+        await self._gaps.drop(source_id)
+        async with self._redis.pipeline(transaction=False) as pipe:
+            pipe.delete(_status_key(source_id))
+            pipe.delete(lease_key(source_id))  # without a lease every epoch is stale
+            pipe.hdel(_STREAMS, source_id)
+            pipe.hdel(_VIDEOS, source_id)
+            await pipe.execute()
+
+    async def add_gaps(self, source_id: str, epoch: int | None, gaps: Iterable[Gap]) -> bool:
+        """Record why slots are absent; False, and nothing recorded, if the epoch is stale. None: not as an owner."""
+        return await self._gaps.add(source_id, epoch, gaps)
+
+    async def gaps(self, source_id: str, start: int, end: int) -> list[Gap]:
+        """Return the recorded gaps within slots [start, end): disjoint, sorted, cut to the range. SourceNotFound.
+
+        What lies before a stream's registration is `not_registered`.
+        """
+        source = await self.source(source_id)
+        registered = int(source.created_at * source.fps) if isinstance(source, Stream) else 0
+        return await self._gaps.read(source_id, start, end, registered=registered)
+
+    async def trim_gaps(self, source_id: str, before: int) -> None:
+        """Drop the records of gaps that ended before a slot."""
+        await self._gaps.trim(source_id, before)
+
+    # how it is kept
+
+    def _changed(self, old: _StreamRecord, changes: StreamChanges) -> _StreamRecord:
+        known = old.stream
+        fields = {name: getattr(known, name) for name in NewStream.model_fields if name != "password"}
+        new = NewStream.model_validate({**fields, **changes})
+        secret = old.secret
+        if "password" in changes:
+            secret = None if new.password is None else self._cipher.encrypt(new.password.get_secret_value())
+        stream = Stream(
+            id=known.id,
+            has_password=secret is not None,
+            created_at=known.created_at,
+            **new.model_dump(exclude={"password"}),
+        )
+        return _StreamRecord(stream=stream, secret=secret)
+
+    async def _stream_record(self, stream_id: str) -> _StreamRecord:
+        record = _parse(_StreamRecord, (await self._raw(_STREAMS, [stream_id]))[0])
+        if record is None or record.stream.deleted:
+            raise StreamNotFound(stream_id)
+        return record
+
+    async def _replace_stream(self, old: _StreamRecord | None, new: _StreamRecord) -> bool:
+        """Write the record with its indexes; False if it is no longer the old one. StreamExists."""
+        known = ["", ""] if old is None else [old.stream.name, old.stream.url]
+        wanted = ["", ""] if new.stream.deleted else [new.stream.name, new.stream.url]
+        indexes = [value for pair in zip(known, wanted, strict=True) for value in pair]
+        outcome, *holder = await self._write(_STREAMS, new.stream.id, old, new, indexes)
+        if outcome == b"name" or outcome == b"url":
+            raise StreamExists(holder[0].decode(), "name" if outcome == b"name" else "url")
+        return outcome == b"done"
+
+    async def _replace_video(self, old: _VideoRecord | None, new: _VideoRecord) -> bool:
+        return (await self._write(_VIDEOS, new.id, old, new, [""] * 4))[0] == b"done"
+
+    async def _write(
+        self, records: str, source_id: str, old: BaseModel | None, new: BaseModel, indexes: list[str]
+    ) -> list[bytes]:
+        before = "" if old is None else old.model_dump_json()
+        keys = [records, f"{records}:order", _SEQUENCE, _NAMES, _URLS]
+        return await self._replace(keys, [source_id, before, new.model_dump_json(), *indexes])
+
+    async def _raw(self, records: str, ids: Sequence[str]) -> list[Any]:
+        return await self._redis.hmget(records, list(ids)) if ids else []
+
+    async def _kept_streams(self) -> list[Kept]:
+        raw: dict[Any, Any] = await self._redis.hgetall(_STREAMS)
+        records = [_StreamRecord.model_validate_json(one) for one in raw.values()]
+        return [Kept(record.stream, record.purge) for record in records]
+
+    async def _videos(self, ids: Sequence[str], missing: type[SourceNotFound] | None = None) -> list[Video]:
+        """Return those of the videos that are not deleted; with `missing`, raise it for one that is."""
+        records = [_parse(_VideoRecord, raw) for raw in await self._raw(_VIDEOS, ids)]
+        for video_id, record in zip(ids, records, strict=True):
+            if missing is not None and (record is None or record.purge):
+                raise missing(video_id)
+        found = [record for record in records if record is not None and not record.purge]
+        statuses = await self._video_statuses([record.id for record in found])
+        return [record.video(status) for record, status in zip(found, statuses, strict=True)]
+
+    async def _video_statuses(self, ids: Sequence[str]) -> list[VideoStatus]:
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for video_id in ids:
+                pipe.get(_status_key(video_id))
+            replies = await pipe.execute()
+        return [VideoStatus() if raw is None else VideoStatus.model_validate_json(raw) for raw in replies]
+
+    async def _note(self, source_id: str, epoch: int, status: BaseModel) -> bool:
+        keys = [lease_key(source_id), _status_key(source_id)]
+        return bool(await self._set_status(keys, [epoch, status.model_dump_json()]))
+
+    async def _page(
+        self,
+        order: str,
+        choose: "Callable[[Sequence[str]], Awaitable[list[Item | None]]]",
+        cursor: str | None,
+        limit: int,
+        visible: frozenset[str] | None,
+    ) -> Page[Item]:
+        """Walk the order after the cursor until `limit` chosen items and the proof of a next one are found."""
+        limit = min(max(limit, 1), PAGE_LIMIT)
+        position = _Cursor.read(cursor)
+        items: list[Item] = []
+        last = position
+        while True:
+            rows: list[Any] = await self._redis.zrangebyscore(
+                order, f"({position}", "+inf", start=0, num=max(limit, 100), withscores=True
+            )
+            if not rows:
+                return Page(tuple(items), None)
+            position = int(rows[-1][1])
+            seen = [(row[0].decode(), int(row[1])) for row in rows]
+            seen = [row for row in seen if visible is None or row[0] in visible]
+            for item, (_, number) in zip(await choose([row[0] for row in seen]), seen, strict=True):
+                if item is None:
+                    continue
+                if len(items) == limit:
+                    return Page(tuple(items), _Cursor.write(last))
+                items.append(item)
+                last = number
+
+
+class _Cursor:
+    """The position of a list's last item, as text that invites nobody to compute with it."""
+
+    @staticmethod
+    def write(position: int) -> str:
+        return base64.urlsafe_b64encode(f"after:{position}".encode()).decode().rstrip("=")
+
+    @staticmethod
+    def read(cursor: str | None) -> int:
+        if cursor is None:
+            return 0
+        try:
+            text = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
+        except ValueError:
+            raise BadCursor(cursor) from None
+        found = re.fullmatch(rb"after:(\d{1,15})", text)
+        if found is None:
+            raise BadCursor(cursor)
+        return int(found[1])
+
+
+def _parse(kind: type[_Record], raw: bytes | None) -> _Record | None:
+    return None if raw is None else kind.model_validate_json(raw)
+
+
+def _status_key(source_id: str) -> str:
+    return f"st:{{{source_id}}}"
+
+
+def _waiting(stream: Stream, since: float) -> StreamStatus:
+    if not stream.enabled:
+        return StreamStatus(state="disabled", since=since)
+    return StreamStatus(state="connecting", since=since, reason="waiting for an ingest worker")
+
+
+def _recording(record: _StreamRecord) -> tuple[object, ...]:
+    """What its owner works with: when that changes, the owner has to begin anew."""
+    stream = record.stream
+    return stream.url, stream.username, record.secret, stream.transport, stream.fps, stream.enabled
+
+
+def _labelled(stream: Stream, label: str | None) -> bool:
+    if label is None:
+        return True
+    key, given, value = label.partition("=")
+    return key in stream.labels and (not given or stream.labels[key] == value)
