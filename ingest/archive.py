@@ -6,7 +6,7 @@ of decoding), the second decodes only what the wanted pictures need, exactly as 
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -152,7 +152,7 @@ class ArchiveReader:
         self._first_slot = 0 if last_slot is None else last_slot + 1
         self._max_pixels = max_pixels
 
-    def pictures(self, halt: Event) -> Iterator[ArchivePicture]:
+    def pictures(self, halt: Event) -> Generator[ArchivePicture]:
         """Yield the pictures in slot order until the end of the file or `halt`. Raises UnsupportedMedia."""
         index = PacketIndex.read(self._path, self._max_pixels, halt)
         if halt.is_set():

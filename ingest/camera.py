@@ -8,7 +8,7 @@ process; the text of every PyAV error holds the whole URL, password included; `f
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from threading import Event
 
@@ -82,7 +82,7 @@ class CameraSession:
         self._clock = CaptureClock()
         self._gate = PacketGate(sampler)
 
-    def pictures(self) -> Iterator[Picture]:
+    def pictures(self) -> Generator[Picture]:
         """Yield chosen pictures; returns only when halted. Raises CameraFault, and BadUrl for a forbidden address."""
         container = self._open()
         try:

@@ -15,7 +15,11 @@ CHUNK_BYTES = 1 << 20
 
 
 class DownloadFailed(ConnectionError):
-    """The file could not be fetched; the message says why, without credentials or query of the URL."""
+    """The file could not be fetched; the message says why, without the URL. Trying again helps unless `is_final`."""
+
+    def __init__(self, message: str, *, is_final: bool = False) -> None:
+        super().__init__(message)
+        self.is_final = is_final
 
 
 class DownloadTooLarge(ValueError):
@@ -68,13 +72,15 @@ class Downloader:
                     url = urljoin(url, response.headers.get("location", ""))
                     continue
                 if response.status_code != httpx.codes.OK:
-                    raise DownloadFailed(f"the server of the file answered {response.status_code}")
+                    raise DownloadFailed(
+                        f"the server of the file answered {response.status_code}", is_final=response.is_client_error
+                    )
                 self._check_size(int(response.headers.get("content-length", "0")))
                 yield response
                 return
             finally:
                 response.close()
-        raise DownloadFailed(f"the file was redirected more than {MAX_REDIRECTS} times")
+        raise DownloadFailed(f"the file was redirected more than {MAX_REDIRECTS} times", is_final=True)
 
     def _request(self, client: httpx.Client, url: str) -> httpx.Request:
         """Return a request that goes to the checked address but names the host, to server and certificate alike."""

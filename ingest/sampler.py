@@ -11,6 +11,11 @@ def slot_of(time_s: float, fps: float) -> int:
     return math.floor(time_s * fps + _ROUNDING)
 
 
+def milliseconds(time_s: float) -> int:
+    """Return a capture time as a frame carries it, rounded so that it stays in its slot."""
+    return math.floor(time_s * 1000 + 1000 * _ROUNDING)
+
+
 @dataclass(frozen=True, slots=True)
 class Pick:
     """A picture that was chosen: its slot and its capture time."""

@@ -1,0 +1,246 @@
+"""Keeps one camera coming: a reading thread, a bounded queue, reconnects without end."""
+
+import logging
+import threading
+import time
+from collections import deque
+from contextlib import closing
+from dataclasses import dataclass, field
+from threading import Event, Thread
+
+from ingest.address import BadUrl
+from ingest.assignment import Assignment, Camera, CameraReport, CameraState, Missing, MissingReason
+from ingest.backoff import Backoff, HourCount
+from ingest.camera import CameraAuthFailed, CameraFault, CameraPathNotFound, CameraSession, Picture
+from ingest.frame import Frame
+from ingest.keyframe import KeyframeMaker
+from ingest.sampler import Sampler, milliseconds
+from ingest.settings import IngestSettings
+
+logger = logging.getLogger(__name__)
+
+TROUBLE_S = 60.0  # how long shed frames and holes keep a camera `degraded`
+
+
+@dataclass(eq=False)
+class _Reading:
+    """One life of the reading thread. A thread that hangs inside FFmpeg is left to itself, with `halt` set."""
+
+    halt: Event = field(default_factory=Event)
+    beat_at: float = field(default_factory=time.monotonic)
+    thread: Thread | None = None
+
+
+class CameraWorker:
+    """Reads one camera until stopped, whatever the camera does.
+
+    `take` and `settled` are the consumer's side: frames taken, and frames that became durable. The queue drops its
+    oldest frame when it is full. No slot is ever sent twice, across all connections. `stuck_threads` counts reading
+    threads that gave no sign of life and were replaced.
+    """
+
+    def __init__(self, assignment: Assignment, settings: IngestSettings, size_px: int) -> None:
+        assert isinstance(assignment.media, Camera)
+        self.assignment = assignment
+        self.stuck_threads = 0
+        self._camera = assignment.media
+        self._settings = settings
+        self._size_px = size_px
+        self._lock = threading.Lock()
+        self._reading = _Reading()
+        self._queue: deque[Frame] = deque()
+        self._missing: list[Missing] = []
+        self._last_slot = assignment.last_slot
+        self._last_picture_at = 0.0
+        self._last_frame_at: float | None = None
+        self._lag_s: float | None = None
+        self._reconnects = HourCount()
+        self._frames = HourCount()
+        self._dropped = 0
+        self._state: CameraState = "connecting"
+        self._reason: str | None = None
+        self._since = time.time()
+        self._next_retry_at: float | None = None
+        self._trouble: tuple[float, str] | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Cameras have no end."""
+        return False
+
+    def start(self) -> None:
+        self._start_reading()
+
+    def stop(self) -> None:
+        """Ask the thread to end, and return at once: a thread inside FFmpeg may need twice the read timeout."""
+        self._reading.halt.set()
+
+    def join(self, timeout_s: float) -> None:
+        if self._reading.thread is not None:
+            self._reading.thread.join(timeout_s)
+
+    def take(self, limit: int) -> list[Frame]:
+        """Remove and return at most `limit` frames, oldest first."""
+        with self._lock:
+            return [self._queue.popleft() for _ in range(min(limit, len(self._queue)))]
+
+    def settled(self, frames: list[Frame], now: float) -> None:
+        """Note that frames are durable."""
+        with self._lock:
+            self._frames.add(now, len(frames))
+            self._last_frame_at = frames[-1].time_ms / 1000
+            self._lag_s = max(0.0, now - self._last_frame_at)
+
+    def shed(self, frames: list[Frame]) -> None:
+        """Note that frames taken before are given up."""
+        with self._lock:
+            for frame in frames:
+                self._shed(frame)
+
+    def take_missing(self) -> list[Missing]:
+        """Remove and return the slots known to stay empty since the last call."""
+        with self._lock:
+            missing, self._missing = self._missing, []
+            return missing
+
+    def report(self, now: float) -> CameraReport:
+        with self._lock:
+            self._grade(now)
+            return CameraReport(
+                state=self._state,
+                reason=self._reason,
+                since=self._since,
+                last_frame_at=self._last_frame_at,
+                lag_s=self._lag_s,
+                reconnects_1h=self._reconnects.total(now),
+                frames_1h=self._frames.total(now),
+                dropped_frames=self._dropped,
+                next_retry_at=self._next_retry_at,
+            )
+
+    def supervise(self) -> None:
+        """Replace a reading thread that has not stirred for longer than every timeout of FFmpeg together."""
+        patience_s = 2 * self._settings.open_timeout_s + 2 * self._settings.read_timeout_s
+        reading = self._reading
+        if reading.halt.is_set() or time.monotonic() - reading.beat_at < patience_s:
+            return
+        reading.halt.set()
+        self.stuck_threads += 1
+        logger.error("%s reading thread hangs: replaced by a new one", self.assignment.source_id)
+        with self._lock:
+            self._set("reconnecting", "the connection hung and was given up")
+        self._start_reading()
+
+    def _start_reading(self) -> None:
+        reading = _Reading()
+        name = f"camera-{self.assignment.source_id}"
+        reading.thread = Thread(target=self._read, args=(reading,), name=name, daemon=True)
+        self._reading = reading
+        reading.thread.start()
+
+    def _read(self, reading: _Reading) -> None:
+        settings = self._settings
+        backoff = Backoff(settings.backoff_min_s, settings.backoff_max_s)
+        while not reading.halt.is_set():
+            started = time.monotonic()
+            fault = self._connect(reading)
+            if reading.halt.is_set():
+                return
+            if self._last_picture_at - started >= settings.healthy_s:
+                backoff.reset()
+            self._wait(reading, fault, self._wait_s(fault, backoff))
+
+    def _connect(self, reading: _Reading) -> Exception:
+        """Read one connection to its end and return why it ended."""
+
+        def beat() -> None:
+            reading.beat_at = time.monotonic()
+
+        beat()
+        sampler = Sampler(self.assignment.fps, last_slot=self._last_slot)
+        session = CameraSession(self._camera, sampler, self._settings, reading.halt, beat)
+        maker = KeyframeMaker(self._size_px)
+        damaged: int | None = None  # None until the first picture
+        try:
+            with closing(session.pictures()) as pictures:
+                for picture in pictures:
+                    self._keep(reading, picture, maker.make(picture.image), hole=_hole(damaged, session.damaged))
+                    damaged = session.damaged
+        except (CameraFault, BadUrl) as error:
+            return error
+        except Exception as error:  # never give up; and no traceback: errors of PyAV hold the URL with the password
+            logger.error("%s reading failed with %s", self.assignment.source_id, type(error).__name__)
+            return CameraFault(f"reading failed with {type(error).__name__}")
+        return CameraFault("stopped")
+
+    def _keep(self, reading: _Reading, picture: Picture, keyframe: bytes, *, hole: MissingReason | None) -> None:
+        """Queue a picture. `hole` says what slots before it are missing for; None is a new connection's first."""
+        assignment = self.assignment
+        frame = Frame(assignment.source_id, picture.slot, milliseconds(picture.time_s), keyframe, assignment.epoch)
+        with self._lock:
+            if reading.halt.is_set():
+                return
+            if self._last_slot is not None and picture.slot > self._last_slot + 1:
+                self._missing.append(Missing(self._last_slot + 1, picture.slot, hole or "stream_down"))
+                if hole is not None:
+                    self._trouble = (time.time(), "pictures are missing")
+            self._last_slot = picture.slot
+            self._last_picture_at = time.monotonic()
+            self._queue.append(frame)
+            if len(self._queue) > self._settings.queue_frames:
+                self._shed(self._queue.popleft())
+            if self._state not in ("online", "degraded"):
+                self._set("online", None)
+                logger.info("%s online", assignment.source_id)
+
+    def _shed(self, frame: Frame) -> None:
+        self._dropped += 1
+        self._trouble = (time.time(), "frames were shed: the service is behind")
+        if self._missing and self._missing[-1].reason == "shed" and self._missing[-1].end_slot == frame.slot:
+            self._missing[-1] = Missing(self._missing[-1].start_slot, frame.slot + 1, "shed")
+        else:
+            self._missing.append(Missing(frame.slot, frame.slot + 1, "shed"))
+
+    def _wait_s(self, fault: Exception, backoff: Backoff) -> float:
+        if isinstance(fault, CameraAuthFailed | CameraPathNotFound):
+            return self._settings.auth_retry_s
+        if isinstance(fault, BadUrl):
+            return self._settings.backoff_max_s
+        return backoff.next_s()
+
+    def _wait(self, reading: _Reading, fault: Exception, wait_s: float) -> None:
+        state: CameraState = "auth_failed" if isinstance(fault, CameraAuthFailed) else "reconnecting"
+        logger.warning("%s %s: %s; next try in %.1f s", self.assignment.source_id, state, fault, wait_s)
+        with self._lock:
+            if reading.halt.is_set():
+                return
+            self._set(state, str(fault))
+            self._next_retry_at = time.time() + wait_s
+        reading.beat_at = time.monotonic() + wait_s
+        reading.halt.wait(wait_s)
+        with self._lock:
+            self._next_retry_at = None
+            self._reconnects.add(time.time())
+
+    def _grade(self, now: float) -> None:
+        """Choose between online and degraded; other states stay as they are."""
+        if self._state not in ("online", "degraded"):
+            return
+        silent_s = time.monotonic() - self._last_picture_at
+        if silent_s > 2 + 3 / self.assignment.fps:
+            self._set("degraded", "no new picture for several slots")
+        elif self._trouble is not None and now - self._trouble[0] < TROUBLE_S:
+            self._set("degraded", self._trouble[1])
+        else:
+            self._set("online", None)
+
+    def _set(self, state: CameraState, reason: str | None) -> None:
+        if state != self._state:
+            self._since = time.time()
+        self._state, self._reason = state, reason
+
+
+def _hole(damaged_before: int | None, damaged_now: int) -> MissingReason | None:
+    if damaged_before is None:
+        return None
+    return "decode_error" if damaged_now > damaged_before else "stream_down"

@@ -1,0 +1,257 @@
+"""Owns sources by leases, reads them, and hands their frames on in micro-batches."""
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+
+from ingest.archive_worker import ArchiveWorker
+from ingest.assignment import Archive, ArchiveReport, Assignment, AssignmentDesk, CameraReport, Missing
+from ingest.camera_worker import CameraWorker
+from ingest.frame import Frame, FrameSink, Receipt, SinkUnavailable
+from ingest.settings import IngestSettings
+
+logger = logging.getLogger(__name__)
+
+Worker = CameraWorker | ArchiveWorker
+
+STOP_PATIENCE_S = 5.0
+MAX_STUCK_THREADS = 3
+SINK_RETRY_S = 0.5
+UNEXPECTED_ERRORS_A_BATCH = 5
+
+
+class IngestUnhealthy(RuntimeError):
+    """This process should be replaced; its sources are claimed by others when their leases expire."""
+
+
+class IngestService:
+    """Claims sources from the desk, sends their frames to the sink and reports how they do.
+
+    Three loops: leases, frames and reports. None of them waits for another, so a sink that is away costs neither the
+    leases nor the reports: cameras shed their oldest frames meanwhile and archives wait.
+    `upload_dir` is the folder that archives are read from and downloaded to.
+    """
+
+    def __init__(self, settings: IngestSettings, desk: AssignmentDesk, sink: FrameSink, upload_dir: Path) -> None:
+        self._settings = settings
+        self._desk = desk
+        self._sink = sink
+        self._upload_dir = upload_dir
+        self._owner = f"ing_{uuid.uuid4().hex[:12]}"
+        self._workers: dict[str, Worker] = {}
+        self._unsent: dict[str, list[Missing]] = {}
+        self._reported: dict[str, tuple[str, float]] = {}
+        self._size_px: int | None = None
+        self._stopping = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._stuck_threads = 0
+
+    async def start(self) -> None:
+        """Begin to claim sources; returns at once."""
+        loops = {"leases": self._keep_leases, "frames": self._send_frames, "reports": self._send_reports}
+        self._tasks = [asyncio.create_task(loop(), name=f"ingest-{name}") for name, loop in loops.items()]
+
+    async def stop(self) -> None:
+        """Stop reading, send what was read, and give the leases back."""
+        self._stopping.set()
+        for worker in self._workers.values():
+            worker.stop()
+        if self._tasks:
+            _, late = await asyncio.wait(self._tasks, timeout=STOP_PATIENCE_S)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+        held = self._held()
+        self._workers.clear()
+        if held:
+            try:
+                await self._desk.release(self._owner, held)
+            except ConnectionError:
+                logger.warning("%s the desk is away: its leases will expire", self._owner)
+
+    def stats(self) -> dict[str, int]:
+        """Return how many sources are owned and how many more may be."""
+        owned = len(self._workers)
+        return {"owned": owned, "room": self._settings.max_sources - owned}
+
+    def check_health(self) -> None:
+        """Raise IngestUnhealthy when this process cannot do its work any more."""
+        for task in self._tasks:
+            if task.done() and not self._stopping.is_set():
+                raise IngestUnhealthy(f"the loop {task.get_name()} has ended")
+        stuck = self._stuck_threads + sum(worker.stuck_threads for worker in self._workers.values())
+        if stuck >= MAX_STUCK_THREADS:
+            raise IngestUnhealthy(f"{stuck} reading threads hang inside the video library")
+
+    # leases
+
+    async def _keep_leases(self) -> None:
+        settings = self._settings
+        next_renewal = 0.0
+        while not self._stopping.is_set():
+            if time.monotonic() >= next_renewal:
+                next_renewal = time.monotonic() + settings.renew_s
+                await self._guarded("renewing", self._renew)
+            await self._guarded("claiming", self._claim)
+            await self._pause(min(settings.poll_s, max(0.0, next_renewal - time.monotonic())))
+
+    async def _renew(self) -> None:
+        held = self._held()
+        if held:
+            lost = await self._desk.renew(self._owner, held)
+            # A source may have been claimed anew, with a higher epoch, while the answer was under way.
+            self._lose(source_id for source_id in lost if self._epoch(source_id) == held.get(source_id))
+
+    async def _claim(self) -> None:
+        room = self._settings.max_sources - len(self._workers)
+        if room <= 0:
+            return
+        if self._size_px is None:
+            self._size_px = await self._sink.input_size_px()
+        for assignment in await self._desk.claim(self._owner, room):
+            self._lose([assignment.source_id])
+            logger.info("%s claimed with epoch %d", assignment.source_id, assignment.epoch)
+            worker = self._worker(assignment, self._size_px)
+            self._workers[assignment.source_id] = worker
+            worker.start()
+
+    def _worker(self, assignment: Assignment, size_px: int) -> Worker:
+        if isinstance(assignment.media, Archive):
+            return ArchiveWorker(assignment, self._settings, size_px, self._upload_dir)
+        return CameraWorker(assignment, self._settings, size_px)
+
+    def _held(self) -> Mapping[str, int]:
+        return {source_id: worker.assignment.epoch for source_id, worker in self._workers.items()}
+
+    def _epoch(self, source_id: str) -> int | None:
+        worker = self._workers.get(source_id)
+        return None if worker is None else worker.assignment.epoch
+
+    def _lose(self, source_ids: Iterable[str]) -> None:
+        for source_id in list(source_ids):
+            worker = self._workers.pop(source_id, None)
+            if worker is None:
+                continue
+            worker.stop()
+            self._stuck_threads += worker.stuck_threads
+            self._unsent.pop(source_id, None)
+            self._reported.pop(source_id, None)
+            logger.info("%s is not ours any more", source_id)
+
+    # frames
+
+    async def _send_frames(self) -> None:
+        while True:
+            stopping = self._stopping.is_set()
+            batch = self._gather()
+            if batch:
+                await self._put(batch)
+            if stopping:
+                return
+            if len(batch) < self._settings.batch_frames:  # a full batch says that more is waiting
+                await self._pause(self._settings.tick_s)
+
+    def _gather(self) -> list[Frame]:
+        """Take one micro-batch: cameras first, for they do not wait; then archives, all in fair shares."""
+        batch: list[Frame] = []
+        for kind in (CameraWorker, ArchiveWorker):
+            workers = [worker for worker in self._workers.values() if isinstance(worker, kind)]
+            workers.sort(key=lambda worker: worker.assignment.source_id)
+            for position, worker in enumerate(workers):
+                room = self._settings.batch_frames - len(batch)
+                batch += worker.take(-(-room // (len(workers) - position)))
+        return batch
+
+    async def _put(self, batch: list[Frame]) -> None:
+        """Send a batch until it is durable, lost with its leases, or the service stops."""
+        errors = 0
+        while batch:
+            try:
+                self._settle(batch, await self._sink.put(batch))
+                return
+            except SinkUnavailable as error:
+                logger.warning("%s the sink takes no frames: %s", self._owner, error)
+            except Exception:
+                # The sink's own fault, such as a frame that it cannot stand: the other sources must not wait for ever.
+                logger.exception("%s the sink failed", self._owner)
+                errors += 1
+            if errors >= UNEXPECTED_ERRORS_A_BATCH or self._stopping.is_set():
+                self._shed(batch)
+                return
+            await self._pause(SINK_RETRY_S)
+            batch = [frame for frame in batch if self._epoch(frame.source_id) == frame.epoch]
+
+    def _settle(self, batch: list[Frame], receipt: Receipt) -> None:
+        epochs = {frame.source_id: frame.epoch for frame in batch}
+        self._lose(source_id for source_id in receipt.lost if self._epoch(source_id) == epochs.get(source_id))
+        now = time.time()
+        for worker, frames in self._by_worker(batch):
+            worker.settled(frames, now)
+
+    def _shed(self, batch: list[Frame]) -> None:
+        for worker, frames in self._by_worker(batch):
+            worker.shed(frames)
+
+    def _by_worker(self, batch: list[Frame]) -> list[tuple[Worker, list[Frame]]]:
+        """Group frames by the worker that made them; frames of workers that are gone are left out."""
+        groups: dict[str, list[Frame]] = {}
+        for frame in batch:
+            if self._epoch(frame.source_id) == frame.epoch:
+                groups.setdefault(frame.source_id, []).append(frame)
+        return [(self._workers[source_id], frames) for source_id, frames in groups.items()]
+
+    # reports
+
+    async def _send_reports(self) -> None:
+        while True:
+            stopping = self._stopping.is_set()
+            for worker in list(self._workers.values()):
+                await self._guarded("reporting", partial(self._report, worker))
+            if stopping:
+                return
+            await self._pause(self._settings.tick_s)
+
+    async def _report(self, worker: Worker) -> None:
+        """Report one source: its missing slots, then its state if that is new or due; finish it if it is over."""
+        worker.supervise()
+        is_over = worker.is_over
+        source_id, epoch = worker.assignment.source_id, worker.assignment.epoch
+        unsent = self._unsent.setdefault(source_id, [])
+        unsent += worker.take_missing()
+        if unsent:
+            await self._desk.missing(source_id, epoch, tuple(unsent))
+            unsent.clear()
+        report = worker.report(time.time())
+        state, due_at = self._reported.get(source_id, ("", 0.0))
+        if is_over or _state(report) != state or time.monotonic() >= due_at:
+            await self._desk.report(source_id, epoch, report)
+            self._reported[source_id] = (_state(report), time.monotonic() + self._settings.report_s)
+        if is_over:
+            await self._desk.release(self._owner, {source_id: epoch})
+            if self._epoch(source_id) == epoch:
+                self._lose([source_id])
+
+    async def _guarded(self, doing: str, step: Callable[[], Awaitable[None]]) -> None:
+        """Run a step that is repeated anyway; what fails now is tried again the next time round."""
+        try:
+            await step()
+        except (ConnectionError, SinkUnavailable) as error:
+            logger.warning("%s %s failed, to be repeated: %s", self._owner, doing, type(error).__name__)
+        except Exception:
+            logger.exception("%s %s failed, to be repeated", self._owner, doing)
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait, but not beyond the beginning of the stop."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._stopping.wait()
+        except TimeoutError:
+            pass
+
+
+def _state(report: CameraReport | ArchiveReport) -> str:
+    return report.state if isinstance(report, CameraReport) else report.status
