@@ -41,10 +41,10 @@ class StoreSettings(BaseModel):
     moments_max_bytes: PositiveInt = Field(
         default=2 << 30, description="Memory that search shards of one replica may hold; the oldest used go first."
     )
-    moments_settle_s: PositiveFloat = Field(
-        default=120.0,
+    moments_settle_slots: PositiveInt = Field(
+        default=120,
         description="An hour of a source counts as complete, and is searched with 8 bits a number, "
-        "once the source has frames so many seconds newer.",
+        "once the source has frames so many slots newer than its end.",
     )
 
     @property

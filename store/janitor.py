@@ -1,0 +1,138 @@
+"""The janitor: erases what retention ends, what was purged and what belongs to nothing."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import uuid4
+
+from redis.asyncio import Redis
+
+from store.connection import StoreUnavailable
+from store.keyframes import Keyframes
+from store.leases import Leases
+from store.settings import StoreSettings
+from store.sources import Kept, Sources, Stream, Video
+from store.timeline import erase_tokens, has_tokens
+
+logger = logging.getLogger(__name__)
+
+LEASE_ID = "janitor"
+KEYFRAME_STEP_SLOTS = 600  # listing an object store costs money: retention of keyframes moves in steps of ten minutes
+
+
+@dataclass(frozen=True, slots=True)
+class SweepReport:
+    """What one sweep erased: frames of timelines, keyframes, uploaded files and sources that are now forgotten."""
+
+    frames: int = 0
+    keyframes: int = 0
+    uploads: int = 0
+    sources: int = 0
+
+
+class Janitor:
+    """Sweeps the store again and again; of several janitors one works, by a lease."""
+
+    def __init__(self, redis: Redis, sources: Sources, keyframes: Keyframes, settings: StoreSettings) -> None:
+        self._redis = redis
+        self._sources = sources
+        self._keyframes = keyframes
+        self._settings = settings
+        self._leases = Leases(redis)
+        self._owner = f"janitor-{uuid4().hex[:12]}"
+        self._steps: dict[str, int] = {}  # how far keyframes of a stream are erased, in steps
+        self._clean: frozenset[str] = frozenset()  # sources to forget of which the last sweep found nothing more
+
+    async def run(self) -> None:
+        """Sweep until cancelled, and give the lease back then."""
+        held: dict[str, int] = {}
+        try:
+            while True:
+                try:
+                    held = await self._hold(held)
+                    if held:
+                        await self.sweep()
+                except StoreUnavailable as error:
+                    logger.warning("sweep put off: %s", error)
+                except Exception:
+                    logger.exception("sweep failed; the next one tries again")
+                await asyncio.sleep(self._settings.janitor_interval_s)
+        finally:
+            if held:
+                await self._leases.release(self._owner, held)
+
+    async def sweep(self) -> SweepReport:
+        """Erase once what is due. StoreUnavailable if it could not be finished; the next sweep goes on."""
+        everything = await self._sources.everything()
+        frames = keyframes = 0
+        clean = set()
+        for kept in everything:
+            erased = await self._erase_due(kept)
+            frames, keyframes = frames + erased[0], keyframes + erased[1]
+            if await self._is_done(kept, erased):
+                clean.add(kept.source.id)
+        # A frame may still be on its way when a source is purged: only one found empty twice is forgotten.
+        forgotten = clean & self._clean
+        for source_id in forgotten:
+            await self._sources.forget(source_id)
+            self._steps.pop(source_id, None)
+        self._clean = frozenset(clean - forgotten)
+        wanted = {kept.source.file for kept in everything if isinstance(kept.source, Video) and not kept.purge}
+        uploads = await asyncio.to_thread(self._erase_uploads, {name for name in wanted if name is not None})
+        report = SweepReport(frames, keyframes, uploads, len(forgotten))
+        if report != SweepReport():
+            logger.info("swept %s", report)
+        return report
+
+    async def _hold(self, held: dict[str, int]) -> dict[str, int]:
+        ttl_s = 3 * self._settings.janitor_interval_s
+        if held and not await self._leases.renew(self._owner, held, ttl_s):
+            return held
+        return await self._leases.acquire_many([LEASE_ID], self._owner, ttl_s)
+
+    async def _erase_due(self, kept: Kept) -> tuple[int, int]:
+        """Erase what is due of a source and return the numbers of frames and keyframes."""
+        source = kept.source
+        if kept.purge:
+            frames = await erase_tokens(self._redis, source.id)
+            return frames, await self._keyframes.erase(source.id)
+        if isinstance(source, Video):
+            return 0, 0
+        oldest = int((time.time() - source.retention_hours * 3600) * source.fps)
+        if oldest <= 0:
+            return 0, 0
+        frames = await erase_tokens(self._redis, source.id, None, oldest)
+        await self._sources.trim_gaps(source.id, oldest)
+        keyframes = 0
+        if self._steps.get(source.id) != (step := oldest // KEYFRAME_STEP_SLOTS):
+            keyframes = await self._keyframes.erase(source.id, None, oldest)
+            self._steps[source.id] = step
+        return frames, keyframes
+
+    async def _is_done(self, kept: Kept, erased: tuple[int, int]) -> bool:
+        """Return whether a source that is on its way out has nothing left."""
+        if kept.purge:
+            return erased == (0, 0)
+        if not isinstance(kept.source, Stream) or not kept.source.deleted:
+            return False
+        if await has_tokens(self._redis, kept.source.id):
+            return False
+        return await self._keyframes.erase(kept.source.id) == 0  # keyframes without a token answer nothing
+
+    def _erase_uploads(self, wanted: Iterable[str]) -> int:
+        """Remove uploaded files that no video refers to, unless they are so young that a video may be on its way."""
+        folder: Path = self._settings.uploads_dir
+        if not folder.is_dir():
+            return 0
+        oldest = time.time() - self._settings.upload_grace_s
+        doomed = [
+            path
+            for path in folder.iterdir()
+            if path.is_file() and path.name not in wanted and path.stat().st_mtime < oldest
+        ]
+        for path in doomed:
+            path.unlink(missing_ok=True)
+        return len(doomed)
