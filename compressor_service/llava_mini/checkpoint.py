@@ -122,12 +122,16 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Clip:
-    """A CLIP model with both halves; `width` is P."""
+    """A CLIP model with the projection of its vision half into the image-text space; `width` is P."""
 
     folder: Path
     weights: Weights
     text: CLIPTextConfig
     width: int
+
+    @property
+    def reads_text(self) -> bool:
+        return "text_projection.weight" in self.weights and (self.folder / "tokenizer_config.json").is_file()
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +155,7 @@ def describe(path_or_hub_name: str | Path, dtype: Dtype) -> Description:
         config=checkpoint.config,
         fingerprint=fingerprint(checkpoint.folder, dtype),
         vector_width=checkpoint.vector_width,
-        searches_text=checkpoint.clip is not None,
+        searches_text=checkpoint.clip is not None and checkpoint.clip.reads_text,
     )
 
 
@@ -184,7 +188,7 @@ def open_checkpoint(path_or_hub_name: str | Path) -> Checkpoint:
         weights=weights,
         tower=tower,
         tower_prefix=f"{base}vision_model." if tower.names(f"{base}vision_model.") else base,
-        clip=None if beside is None else _both_halves(tower_folder, beside, clip_config),
+        clip=None if beside is None else _whole_clip(tower_folder, beside, clip_config),
     )
 
 
@@ -241,7 +245,7 @@ def _tower_folder(raw: Mapping[str, Any], folder: Path) -> Path:
         raise BadCheckpoint(f"{folder.name}: the vision tower of mm_vision_tower: {error}") from error
 
 
-def _both_halves(folder: Path, weights: Weights, config: CLIPConfig | None) -> Clip | None:
+def _whole_clip(folder: Path, weights: Weights, config: CLIPConfig | None) -> Clip | None:
     if config is None or "visual_projection.weight" not in weights:
         return None
     return Clip(folder, weights, cast(CLIPTextConfig, config.text_config), cast(int, config.projection_dim))

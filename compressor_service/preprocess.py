@@ -1,0 +1,51 @@
+"""Pictures to what the vision tower reads. No torchvision: it has no build without CUDA for every platform."""
+
+import io
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+# Of CLIP, by colour channel.
+_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+_MAX_PIXELS = 64_000_000  # larger than any camera's picture: beyond it a small file could fill the memory
+_FORMATS = ("JPEG", "PNG", "WEBP")
+
+
+class BadPicture(ValueError):
+    """The bytes are not a picture that can be read."""
+
+
+def pixels(picture: bytes, *, image_size: int, ratio: int) -> Tensor:
+    """Decode a picture and return what the tower reads of it: (parts, 3, image_size, image_size), float32.
+
+    It is squashed to a square, as the published code does with frames. With `ratio` R above 1 the parts are R*R crops,
+    row by row, and behind them the whole. Raises BadPicture.
+    """
+    whole = _decode(picture)
+    side = image_size * ratio
+    if whole.size != (side, side):  # a keyframe has this size already, and is then read as it is
+        whole = whole.resize((side, side), Image.Resampling.BICUBIC)
+    if ratio == 1:
+        return torch.stack([_normalised(whole)])
+    corners = [(column * image_size, row * image_size) for row in range(ratio) for column in range(ratio)]
+    crops = [whole.crop((left, top, left + image_size, top + image_size)) for left, top in corners]
+    small = whole.resize((image_size, image_size), Image.Resampling.BICUBIC)
+    return torch.stack([_normalised(part) for part in [*crops, small]])
+
+
+def _normalised(picture: Image.Image) -> Tensor:
+    values = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    return (values.float() / 255 - _MEAN) / _STD
+
+
+def _decode(picture: bytes) -> Image.Image:
+    try:
+        with Image.open(io.BytesIO(picture), formats=_FORMATS) as opened:
+            if opened.width * opened.height > _MAX_PIXELS:
+                raise BadPicture(f"the picture has {opened.width} x {opened.height} pixels, {_MAX_PIXELS} are allowed")
+            return opened.convert("RGB")
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BadPicture(f"the bytes are no whole {', '.join(_FORMATS)} picture") from error

@@ -1,0 +1,70 @@
+"""The Serve side of the compressor: gathers the frames of many callers into one forward pass."""
+
+import asyncio
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from ray import serve
+
+from compressor_service.encoder import Encoder, ModelFacts
+from compressor_service.settings import CompressorSettings
+from compressor_service.writer import FrameWriter
+from ingest.frame import Frame, Receipt
+from store.connection import connect
+from store.keyframes import Keyframes
+from store.timeline import Timeline
+
+
+def _frames_in(requests: Sequence[Sequence[Frame]]) -> int:
+    return sum(len(request) for request in requests)
+
+
+class CompressorService:
+    """Looks at frames and remembers them; looks again when a question asks for it."""
+
+    def __init__(self, settings: CompressorSettings, redis_url: str, segments_url: str) -> None:
+        self._encoder = Encoder.load(settings)
+        self._max_batch_frames = settings.max_batch_frames
+        self._writer = FrameWriter(
+            self._encoder,
+            Timeline(connect(redis_url), self._encoder.format),
+            Keyframes(segments_url),
+            frames_per_pass=settings.max_batch_frames,
+        )
+        self._gather.set_max_batch_size(settings.max_batch_frames)  # type: ignore[attr-defined]
+        self._gather.set_batch_wait_timeout_s(settings.batch_wait_s)  # type: ignore[attr-defined]
+
+    async def put(self, frames: Sequence[Frame]) -> Receipt:
+        """Remember frames of any sources; they are durable on return. Raises StoreUnavailable."""
+        size = self._max_batch_frames
+        pieces = [frames[start : start + size] for start in range(0, len(frames), size)]
+        receipts = await asyncio.gather(*(self._gather(piece) for piece in pieces))
+        return Receipt(lost=frozenset().union(*(receipt.lost for receipt in receipts)))
+
+    # Two at a time: while one batch is written to the store, the next one has the device.
+    @serve.batch(max_concurrent_batches=2, batch_size_fn=_frames_in)
+    async def _gather(self, requests: list[Sequence[Frame]]) -> list[Receipt]:
+        return await self._writer.put(requests)
+
+    async def fuse_text(
+        self, input_ids: Sequence[int], frames: Sequence[tuple[str, Sequence[int]]]
+    ) -> NDArray[np.float32]:
+        """Return the sum (L, D) of the fused text over the slots of every source. Raises FrameNotKept."""
+        return await self._writer.fuse_text(input_ids, frames)
+
+    async def embed_text(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Return unit vectors (n, P). Raises SearchUnavailable."""
+        return await self._writer.embed_text(texts)
+
+    async def embed_image(self, pictures: Sequence[bytes]) -> NDArray[np.float32]:
+        """Return unit vectors (n, P). Raises BadPicture."""
+        return await self._writer.embed_image(pictures)
+
+    async def describe(self) -> ModelFacts:
+        """Return what model looks, and how its tokens are kept."""
+        return self._encoder.describe()
+
+    def check_health(self) -> None:
+        """Serve's own check: raises when the device is lost, which a fresh replica mends."""
+        self._writer.check_health()

@@ -1,0 +1,129 @@
+"""Frames of many sources, looked at together and then remembered; and looked at again for a question. No Ray."""
+
+import asyncio
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from compressor_service.encoder import Encoder
+from compressor_service.preprocess import BadPicture
+from ingest.frame import Frame, Receipt
+from store.keyframes import Keyframes
+from store.timeline import Entry, Timeline
+
+_log = logging.getLogger(__name__)
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """A frame, its token (C2, D) and its search vector (P,)."""
+
+    frame: Frame
+    tokens: NDArray[np.generic]
+    vector: NDArray[np.float32]
+
+
+class FrameWriter:
+    """Encodes frames and keeps them: the keyframe first, so that a token is never without its picture."""
+
+    def __init__(self, encoder: Encoder, timeline: Timeline, keyframes: Keyframes, *, frames_per_pass: int) -> None:
+        self._encoder = encoder
+        self._timeline = timeline
+        self._keyframes = keyframes
+        self._frames_per_pass = frames_per_pass
+        self._device = asyncio.Lock()
+        self._failure: RuntimeError | None = None
+
+    async def put(self, requests: Sequence[Sequence[Frame]]) -> list[Receipt]:
+        """Keep the frames of several requests; they are durable on return. Raises StoreUnavailable.
+
+        A frame whose picture cannot be read is dropped and logged; the others are kept.
+        """
+        frames = [frame for request in requests for frame in request]
+        newest = _newest_epochs(frames)
+        owned = [frame for frame in frames if frame.epoch == newest[frame.source_id]]
+        seen = await self._with_device(self._look, owned)
+        await self._keyframes.put_many({(one.frame.source_id, one.frame.slot): one.frame.keyframe for one in seen})
+        lost = await self._timeline.append_many(_by_lease(seen))
+        return [_receipt(request, newest, lost) for request in requests]
+
+    async def fuse_text(
+        self, input_ids: Sequence[int], frames: Sequence[tuple[str, Sequence[int]]]
+    ) -> NDArray[np.float32]:
+        """Return the sum (L, D) of the fused text over the slots of every source. Raises FrameNotKept.
+
+        The device is given back between passes, so that a long range does not hold up new frames.
+        """
+        total = np.zeros((len(input_ids), self._encoder.format.width), np.float32)
+        for source_id, slots in frames:
+            for start in range(0, len(slots), self._frames_per_pass):
+                pictures = await self._keyframes.get_many(source_id, slots[start : start + self._frames_per_pass])
+                total += await self._with_device(self._encoder.fuse_text, input_ids, pictures)
+        return total
+
+    async def embed_text(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Return unit vectors (n, P). Raises SearchUnavailable."""
+        return await self._with_device(self._encoder.embed_text, texts)
+
+    async def embed_image(self, pictures: Sequence[bytes]) -> NDArray[np.float32]:
+        """Return unit vectors (n, P). Raises BadPicture."""
+        return await self._with_device(self._encoder.embed_image, pictures)
+
+    def check_health(self) -> None:
+        """Raise the error of the device after which no pass can be trusted, if there was one."""
+        if self._failure is not None:
+            raise self._failure
+
+    def _look(self, frames: Sequence[Frame]) -> list[_Seen]:
+        pictures, readable = [], []
+        for frame in frames:
+            try:
+                pictures.append(self._encoder.decode(frame.keyframe))
+            except BadPicture as error:
+                _log.warning("%s slot %d: keyframe dropped: %s", frame.source_id, frame.slot, error)
+            else:
+                readable.append(frame)
+        if not readable:
+            return []
+        tokens, vectors = self._encoder.encode_decoded(pictures)
+        return [_Seen(*one) for one in zip(readable, tokens, vectors, strict=True)]
+
+    async def _with_device(
+        self, work: Callable[_Arguments, _Result], *args: _Arguments.args, **kwargs: _Arguments.kwargs
+    ) -> _Result:
+        """Run one piece of work in a thread; one at a time, because each takes the whole device."""
+        async with self._device:
+            try:
+                return await asyncio.to_thread(work, *args, **kwargs)
+            except torch.AcceleratorError as error:
+                self._failure = error
+                raise
+
+
+def _newest_epochs(frames: Sequence[Frame]) -> dict[str, int]:
+    """Return the newest lease of every source: a frame of an older one is lost already."""
+    newest: dict[str, int] = {}
+    for frame in frames:
+        newest[frame.source_id] = max(frame.epoch, newest.get(frame.source_id, frame.epoch))
+    return newest
+
+
+def _by_lease(seen: Sequence[_Seen]) -> dict[tuple[str, int], list[Entry]]:
+    batches: dict[tuple[str, int], list[Entry]] = defaultdict(list)
+    for one in seen:
+        frame = one.frame
+        batches[frame.source_id, frame.epoch].append(Entry(frame.slot, frame.time_ms, one.tokens, one.vector))
+    return batches
+
+
+def _receipt(request: Sequence[Frame], newest: dict[str, int], lost: frozenset[str]) -> Receipt:
+    refused = {frame.source_id for frame in request if frame.source_id in lost or frame.epoch < newest[frame.source_id]}
+    return Receipt(lost=frozenset(refused))
