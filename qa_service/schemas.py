@@ -1,0 +1,532 @@
+"""The bodies of the REST surface. Times of streams are RFC 3339 with zone, times of videos are seconds."""
+
+import base64
+import binascii
+import math
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PositiveInt,
+    SecretStr,
+    Tag,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from qa_service import clock
+
+BAD_TIME_RANGE = "bad_time_range"  # the type of validation errors that have a code of their own
+RANGE_TAGS = frozenset({"a stream's range", "a video's range", "an id"})  # stand in the paths of validation errors
+
+Time = str | float
+"""How a time is written: RFC 3339 for a stream, seconds for a video."""
+
+
+def _stream_seconds(value: object) -> float:
+    if not isinstance(value, str):
+        raise PydanticCustomError(BAD_TIME_RANGE, clock.STREAM_TIME_ADVICE)
+    try:
+        return clock.parse_stream_time(value)
+    except ValueError:
+        raise PydanticCustomError(BAD_TIME_RANGE, clock.STREAM_TIME_ADVICE) from None
+
+
+def _video_seconds(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise PydanticCustomError(BAD_TIME_RANGE, clock.VIDEO_TIME_ADVICE)
+    return float(value)
+
+
+StreamTime = Annotated[
+    float,
+    BeforeValidator(_stream_seconds, json_schema_input_type=str),
+    Field(json_schema_extra={"format": "date-time"}),
+]
+VideoTime = Annotated[float, BeforeValidator(_video_seconds, json_schema_input_type=float)]
+Name = Annotated[str, Field(min_length=1, max_length=200)]
+Label = Annotated[str, Field(max_length=200)]
+Labels = Annotated[dict[Annotated[str, Field(min_length=1, max_length=64)], Label], Field(max_length=32)]
+Fps = Annotated[float, Field(gt=0, le=30, description="Frames a second that are remembered.")]
+Url = Annotated[str, Field(min_length=1, max_length=2048)]
+
+
+class Body(BaseModel):
+    """A body of the REST surface: unknown fields are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _example(example: dict[str, Any]) -> ConfigDict:
+    return ConfigDict(frozen=True, extra="forbid", json_schema_extra={"examples": [example]})
+
+
+# Errors
+
+
+class ErrorFacts(Body):
+    type: str = Field(description="The family of the error.")
+    code: str = Field(description="What went wrong, for programs.")
+    message: str = Field(description="What went wrong and what to do, for people.")
+    param: str | None = Field(description="Path of the field at fault.")
+    details: dict[str, Any]
+    request_id: str
+
+
+class ErrorBody(Body):
+    """Every error has this shape."""
+
+    model_config = _example(
+        {
+            "error": {
+                "type": "invalid_request_error",
+                "code": "range_too_long",
+                "message": "The sources hold 210000 frames, the model reads at most 131000 at once.",
+                "param": "sources",
+                "details": {"frames": 210000, "max_frames": 131000},
+                "request_id": "req_1",
+            }
+        }
+    )
+
+    error: ErrorFacts
+
+
+# Streams
+
+
+class Retention(Body):
+    hours: Annotated[float, Field(gt=0, le=24 * 366 * 10)] = Field(
+        default=168, description="Hours that the memory of a stream is kept."
+    )
+
+
+class StreamRequest(Body):
+    """A camera to be registered."""
+
+    model_config = _example(
+        {
+            "name": "dock",
+            "url": "rtsp://192.0.2.10/stream1",
+            "username": "viewer",
+            "password": "secret",
+            "transport": "tcp",
+            "fps": 1,
+            "labels": {"site": "north"},
+            "retention": {"hours": 168},
+            "enabled": True,
+        }
+    )
+
+    name: Name
+    url: Url = Field(description="rtsp:// or rtsps:// address, without user name and password.")
+    username: Annotated[str, Field(max_length=200)] | None = None
+    password: SecretStr | None = Field(default=None, description="Write-only: no response ever holds it.")
+    transport: Literal["tcp", "udp"] = "tcp"
+    fps: Fps = 1
+    labels: Labels = Field(default_factory=dict)
+    retention: Retention = Retention()
+    enabled: bool = True
+
+
+class StreamPatch(Body):
+    """Fields of a stream to be changed; those left out stay. `{"enabled": false}` stops ingest and keeps the memory."""
+
+    model_config = _example({"enabled": False})
+
+    name: Name = ""
+    url: Url = ""
+    username: Annotated[str, Field(max_length=200)] | None = None
+    password: SecretStr | None = None
+    transport: Literal["tcp", "udp"] = "tcp"
+    fps: Fps = 1
+    labels: Labels = Field(default_factory=dict)
+    retention: Retention = Retention()
+    enabled: bool = True
+
+    @model_validator(mode="after")
+    def _changes_something(self) -> Self:
+        if not self.model_fields_set:
+            raise PydanticCustomError("nothing_to_change", "Name at least one field to change.")
+        return self
+
+
+StreamState = Literal["connecting", "online", "degraded", "reconnecting", "auth_failed", "disabled"]
+
+
+class StreamHealth(Body):
+    """How a camera is doing."""
+
+    state: StreamState
+    reason: str | None
+    since: str
+    last_frame_at: str | None
+    lag_s: float | None
+    reconnects_1h: int
+    frames_1h: int
+    next_retry_at: str | None
+
+
+class StreamBody(Body):
+    """A registered camera."""
+
+    id: str
+    object: Literal["stream"] = "stream"
+    name: str
+    url: str
+    username: str | None
+    has_password: bool
+    transport: Literal["tcp", "udp"]
+    fps: float
+    labels: dict[str, str]
+    retention: Retention
+    enabled: bool
+    created_at: str
+    state: StreamState
+    reason: str | None
+    since: str
+    last_frame_at: str | None
+
+
+class StreamList(Body):
+    object: Literal["list"] = "list"
+    data: list[StreamBody]
+    has_more: bool
+    next_cursor: str | None
+
+
+class StreamDeleted(Body):
+    id: str
+    deleted: Literal[True] = True
+    purged_frames: int
+
+
+# Videos
+
+
+class VideoRequest(Body):
+    """A video to be fetched from a web address."""
+
+    model_config = _example({"url": "https://example.com/yard.mp4", "name": "yard", "fps": 1})
+
+    url: Url
+    name: Name
+    recorded_at: StreamTime | None = Field(default=None, description="When the recording began.")
+    fps: Fps = 1
+
+
+class VideoForm(Body):
+    """The fields beside the file of a multipart upload. Everything arrives as text."""
+
+    name: Name | None = None
+    recorded_at: StreamTime | None = None
+    fps: Fps = 1
+
+
+class VideoFailure(Body):
+    message: str
+
+
+class VideoBody(Body):
+    """An archived video and how far it is remembered."""
+
+    id: str
+    object: Literal["video"] = "video"
+    name: str
+    url: str | None
+    recorded_at: str | None
+    fps: float
+    created_at: str
+    status: Literal["queued", "processing", "ready", "failed"]
+    progress: float
+    eta_s: float | None
+    duration_s: float | None
+    error: VideoFailure | None
+
+
+class VideoList(Body):
+    object: Literal["list"] = "list"
+    data: list[VideoBody]
+    has_more: bool
+    next_cursor: str | None
+
+
+class VideoDeleted(Body):
+    id: str
+    deleted: Literal[True] = True
+    purged_frames: int
+
+
+# Sources
+
+
+class TimelineBucket(Body):
+    start: Time
+    frames: int = Field(description="Frames that are remembered of the bucket.")
+    slots: int = Field(description="Frames that a source without gaps would have.")
+
+
+class GapBody(Body):
+    start: Time
+    end: Time
+    reason: str
+
+
+class TimelineBody(Body):
+    """What is remembered of a source."""
+
+    object: Literal["timeline"] = "timeline"
+    source_id: str
+    start: Time
+    end: Time
+    fps: float
+    resolution_s: float
+    buckets: list[TimelineBucket]
+    gaps: list[GapBody]
+
+
+# Questions and search
+
+
+class StreamRange(Body):
+    stream_id: str = Field(max_length=64)
+    start: StreamTime | None = Field(default=None, description="Left out: from the oldest frame on.")
+    end: StreamTime | None = Field(default=None, description="Left out: up to now.")
+
+
+class VideoRange(Body):
+    video_id: str = Field(max_length=64)
+    start: VideoTime = 0.0
+    end: VideoTime | None = Field(default=None, description="Left out: the end of the video.")
+
+
+def _kind_of_range(value: Any) -> str:
+    if isinstance(value, str):
+        return "an id"
+    names = value if isinstance(value, dict) else getattr(value, "model_fields_set", ())
+    return "a video's range" if "video_id" in names and "stream_id" not in names else "a stream's range"
+
+
+SourceRange = Annotated[
+    Annotated[StreamRange, Tag("a stream's range")] | Annotated[VideoRange, Tag("a video's range")],
+    Discriminator(_kind_of_range),
+]
+SourceOrRange = Annotated[
+    Annotated[StreamRange, Tag("a stream's range")]
+    | Annotated[VideoRange, Tag("a video's range")]
+    | Annotated[str, Tag("an id"), Field(max_length=64)],
+    Discriminator(_kind_of_range),
+]
+
+
+class Question(Body):
+    """A question about time ranges of sources."""
+
+    model_config = _example(
+        {
+            "question": "When did the white van leave?",
+            "sources": [
+                {"stream_id": "str_0123456789ab", "start": "2026-07-01T06:00:00Z", "end": "2026-07-01T09:00:00Z"}
+            ],
+            "text_fusion": "auto",
+            "stride": 1,
+            "max_output_tokens": 256,
+            "temperature": 0,
+            "seed": 1,
+            "stream": False,
+        }
+    )
+
+    question: str = Field(min_length=1)
+    sources: list[SourceRange] = Field(min_length=1, max_length=64)
+    text_fusion: Literal["auto", "exact", "sampled", "none"] = Field(
+        default="auto", description="How many frames the question's words look at again: all, a sample, or none."
+    )
+    stride: Annotated[int, Field(ge=1, le=1_000_000)] | Literal["auto"] = Field(
+        default=1, description="Every n-th frame; `auto`: the smallest stride that fits the model's context."
+    )
+    max_output_tokens: PositiveInt = 256
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] = 0.0
+    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 1.0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    stream: bool = Field(default=False, description="Answer as server-sent events.")
+
+
+class Citation(Body):
+    source_id: str
+    start: Time
+    end: Time
+    time: Time
+    score: float
+    method: Literal["search", "attention"]
+    frame_url: str
+
+
+class CoverageGap(Body):
+    source_id: str
+    start: Time
+    end: Time
+    reason: str
+
+
+class Coverage(Body):
+    """What an answer rests on."""
+
+    slots_expected: int
+    frames_used: int
+    stride: int
+    text_fusion: Literal["exact", "sampled", "none"]
+    fusion_frames: int
+    gaps: list[CoverageGap]
+    notes: list[str] = Field(default_factory=list, description="What else limits the answer, for people.")
+
+
+class PromptDetails(Body):
+    video_tokens: int
+    cached_tokens: int = Field(description="Frame tokens that were read from memory instead of computed.")
+
+
+class Usage(Body):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptDetails
+
+
+class Timing(Body):
+    load: int
+    fusion: int
+    first_token: int
+    total: int
+
+
+class Answer(Body):
+    """An answer and what it rests on."""
+
+    id: str
+    object: Literal["answer"] = "answer"
+    created: int
+    model: str
+    answer: str
+    finish_reason: Literal["stop", "length"]
+    citations: list[Citation]
+    coverage: Coverage
+    usage: Usage
+    timing_ms: Timing
+
+
+class AnswerCreated(Body):
+    """The question is understood and its range holds frames: an answer follows."""
+
+    id: str
+    object: Literal["answer"] = "answer"
+    created: int
+    model: str
+
+
+class AnswerDelta(Body):
+    """The next piece of the answer."""
+
+    delta: str
+
+
+class AnswerCitations(Body):
+    """Where in the used frames the answer is supported."""
+
+    citations: list[Citation]
+
+
+AnswerEvent = AnswerCreated | AnswerDelta | AnswerCitations | Answer
+"""What becomes of a question, in this order: created, deltas, citations, and at last the answer whole."""
+
+MAX_PICTURE_BYTES = 8 << 20
+
+
+def _picture(value: object) -> bytes:
+    """Take base64 or a data URL of a JPEG or PNG."""
+    if isinstance(value, bytes):
+        return value
+    if not isinstance(value, str):
+        raise PydanticCustomError("picture", "An image is base64 of a JPEG or PNG, or a data: URL of one.")
+    text = value.partition(",")[2] if value.startswith("data:") else value
+    if len(text) > MAX_PICTURE_BYTES * 4 // 3 + 4:
+        raise PydanticCustomError("picture", "An image has at most 8 MiB.")
+    try:
+        picture = base64.b64decode(text, validate=True)
+    except binascii.Error:
+        raise PydanticCustomError("picture", "An image is base64 of a JPEG or PNG, or a data: URL of one.") from None
+    if not picture.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")):
+        raise PydanticCustomError("picture", "An image is a JPEG or a PNG.")
+    return picture
+
+
+Picture = Annotated[bytes, BeforeValidator(_picture, json_schema_input_type=str)]
+
+
+class SearchRequest(Body):
+    """Find the moments that look like a text or a picture."""
+
+    model_config = _example(
+        {"query": "a white van", "sources": [{"stream_id": "str_0123456789ab"}], "top_k": 10, "min_score": 0.2}
+    )
+
+    query: Annotated[str, Field(min_length=1, max_length=2000)] | None = None
+    image: Picture | None = None
+    sources: list[SourceOrRange] = Field(
+        min_length=1, max_length=64, description="Ids, or ranges as in questions; start and end may be left out."
+    )
+    top_k: Annotated[int, Field(ge=1, le=100)] = 10
+    min_score: Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)] | None = None
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if (self.query is None) == (self.image is None):
+            raise PydanticCustomError("one_of_two", "Give either `query` or `image`.")
+        return self
+
+
+class MomentBody(Body):
+    source_id: str
+    start: Time
+    end: Time
+    time: Time
+    score: float
+    frame_url: str
+
+
+class MomentList(Body):
+    object: Literal["list"] = "list"
+    data: list[MomentBody]
+    has_more: Literal[False] = False
+    next_cursor: None = None
+
+
+# The service itself
+
+
+class ModelBody(Body):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+    tokens_per_frame: PositiveInt
+    max_frames: int
+    fingerprint: str
+    untrained: bool
+    note: str | None = None
+
+
+class ModelList(Body):
+    object: Literal["list"] = "list"
+    data: list[ModelBody]
+    has_more: Literal[False] = False
+    next_cursor: None = None
+
+
+class Health(Body):
+    status: Literal["ok", "unavailable"]
+    parts: dict[str, str] = Field(default_factory=dict)
