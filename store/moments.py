@@ -4,8 +4,8 @@ P width of the search vector.
 
 A source-hour is one flat FAISS shard, whose rows are the hour's present slots in order. So the time filter chooses
 shards and a range of rows, and nothing is ever deleted from an index. Hours that still grow are exact (float32);
-complete ones hold 8 bits a number. All of it is derived: at each search a shard is compared with the timeline's presence
-and made again if it differs. That shows frames added and erased; a frame that is sent twice has the same vector.
+complete ones hold 8 bits a number. All of it is derived: at each search a shard is compared with the presence in the
+timeline and made again if it differs. That shows frames added and erased; a frame sent twice has the same vector.
 """
 
 import asyncio
