@@ -27,6 +27,7 @@ FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,a
 SKIPPABLE_CODECS = frozenset({"h264", "hevc"})  # FFmpeg's decoders of these skip unreferenced pictures exactly
 RAW_FORMATS = frozenset({"h264", "hevc", "mjpeg", "mpegvideo"})
 PROBED_PACKETS = 500
+_PLAIN_SLICE, _IDR_SLICE = 1, 5  # H.264 NAL unit types
 
 
 class UnsupportedMedia(ValueError):
@@ -106,7 +107,10 @@ def duration_s(container: InputContainer) -> float | None:
     stream = video_stream(container)
     if stream.duration and stream.time_base:
         return float(stream.duration * stream.time_base)
-    return container.duration / av.time_base if container.duration else None
+    if not container.duration:
+        return None
+    # Matroska and FLV count from time 0, also when the first picture comes later.
+    return (container.duration - max(0, container.start_time or 0)) / av.time_base or None
 
 
 def packets(container: InputContainer) -> "Iterator[Packet[VideoStream]]":
@@ -157,7 +161,7 @@ class ArchiveReader:
         index = PacketIndex.read(self._path, self._max_pixels, halt)
         if halt.is_set():
             return
-        self.duration_s = index.stated_end_s if index.stated_end_s is not None else index.end_s
+        self.duration_s = max(index.end_s, index.stated_end_s or 0.0)
         sampler = Sampler(self._fps, last_slot=self._first_slot - 1, frame_s=index.frame_s)
         plan = DecodePlan.build(index, self._fps, self._first_slot)
         got: list[int] = []
@@ -213,13 +217,13 @@ class PacketIndex:
     """The time stamps of a file's packets, in the order of the file, in its own ticks.
 
     `times` (n,) are the presentation times with steps between joined parts taken out by `shift` (n,);
-    `is_timed` tells whether every packet has one; `is_key` (n,) marks keyframes. `end_s` is where the last picture
-    that is there ends, `stated_end_s` where the file says it does, both counted from the first picture.
+    `is_timed` tells whether every packet has one; `is_entry` (n,) marks packets to jump to. `end_s` is where the last
+    picture that is there ends, `stated_end_s` where the file says it does, both counted from the first picture.
     """
 
     times: NDArray[np.int64]
     shift: NDArray[np.int64]
-    is_key: NDArray[np.bool_]
+    is_entry: NDArray[np.bool_]
     is_timed: bool
     tick_s: float
     frame_s: float
@@ -232,7 +236,7 @@ class PacketIndex:
         """Read the time stamps of a file without decoding. Raises UnsupportedMedia."""
         times: list[int | None] = []
         shifts: list[int] = []
-        keys: list[bool] = []
+        entries: list[bool] = []
         ticks: list[int] = []
         with open_archive(path, max_pixels=max_pixels) as container:
             stream = video_stream(container)
@@ -248,13 +252,13 @@ class PacketIndex:
                 times.append(None if packet.pts is None else packet.pts + shift)
                 ticks.append(packet.duration or frame_ticks)
                 shifts.append(shift)
-                keys.append(bool(packet.is_keyframe))
+                entries.append(_is_entry(packet))
             known = [time for time in times if time is not None]
             start = min(known, default=0)
             return cls(
                 times=np.array(known if len(known) == len(times) else [], np.int64) - start,
                 shift=np.array(shifts, np.int64) - start,
-                is_key=np.array(keys, np.bool_),
+                is_entry=np.array(entries, np.bool_),
                 is_timed=bool(known) and len(known) == len(times),
                 tick_s=tick_s,
                 frame_s=frame_s,
@@ -292,21 +296,48 @@ class DecodePlan:
 
 
 def _needed(index: PacketIndex, wanted: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Mark what wanted packets depend on. (n,) -> (n,)"""
+    """Mark what wanted packets depend on: all of their group up to them. (n,) -> (n,)"""
     needed = np.zeros(len(wanted), np.bool_)
-    starts = np.flatnonzero(index.is_key)
-    edges = [0, *starts[starts > 0].tolist(), len(wanted)]
-    leans_on_previous = False
-    for start, end in reversed(list(itertools.pairwise(edges))):
+    starts = np.flatnonzero(index.is_entry)
+    groups = list(itertools.pairwise([0, *starts[starts > 0].tolist(), len(wanted)]))
+    # Pictures shown before their keyframe (an open group) are predicted from the group before it: one group, both.
+    closed = [start for start, end in groups if start == 0 or index.times[start:end].min() == index.times[start]]
+    for start, end in itertools.pairwise([*closed, len(wanted)]):
         targets = np.flatnonzero(wanted[start:end])
-        if leans_on_previous:
-            needed[start:end] = True
-        elif len(targets):
+        if len(targets):
             needed[start : start + targets[-1] + 1] = True
-        # Pictures shown before their keyframe (an open group) are predicted from the group before it as well.
-        leading = index.times[start:end] < index.times[start]
-        leans_on_previous = bool(leading[targets].any() or (leans_on_previous and leading.any()))
     return needed
+
+
+def _is_entry(packet: "Packet[VideoStream]") -> bool:
+    """Tell whether a decoder can jump to this packet without losing pictures that it still holds.
+
+    A keyframe can be entered, but FFmpeg's H.264 decoder drops held pictures when it meets a gap before a keyframe
+    that is no IDR picture (one with a recovery point only).
+    """
+    if not packet.is_keyframe:
+        return False
+    context = packet.stream.codec_context
+    return context.name != "h264" or _slice_type(bytes(packet), context.extradata or b"") == _IDR_SLICE
+
+
+def _slice_type(data: bytes, extradata: bytes) -> int | None:
+    """Return the NAL unit type of the first slice of an H.264 picture, with either kind of framing."""
+    is_length_prefixed = extradata[:1] == b"\x01"
+    prefix = (extradata[4] & 3) + 1 if is_length_prefixed and len(extradata) > 4 else 4
+    position = 0
+    while position < len(data):
+        if is_length_prefixed:
+            unit = position + prefix
+            position = unit + int.from_bytes(data[position:unit], "big")
+        else:
+            unit = data.find(b"\x00\x00\x01", position) + 3
+            if unit < 3:
+                return None
+            position = unit
+        if unit < len(data) and data[unit] & 31 in (_PLAIN_SLICE, _IDR_SLICE):
+            return data[unit] & 31
+    return None
 
 
 class _Joints:
@@ -343,10 +374,11 @@ def _stated_end_s(container: InputContainer, first_s: float) -> float | None:
     if stream.duration and stream.time_base:
         start = stream.start_time if stream.start_time is not None else round(first_s / stream.time_base)
         return float((start + stream.duration) * stream.time_base) - first_s
-    if container.duration:
-        start_s = container.start_time / av.time_base if container.start_time is not None else first_s
-        return start_s + container.duration / av.time_base - first_s
-    return None
+    length_s = duration_s(container)
+    if length_s is None:
+        return None
+    start_s = container.start_time / av.time_base if container.start_time is not None else first_s
+    return start_s + length_s - first_s
 
 
 def _runs(slots: NDArray[np.int64]) -> list[Missing]:

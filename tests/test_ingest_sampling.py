@@ -1,0 +1,146 @@
+"""The slot rule, the capture clock, and which packets of a camera are decoded."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ingest.backoff import Backoff, HourCount
+from ingest.camera import PacketGate
+from ingest.clock import CaptureClock
+from ingest.sampler import Sampler, milliseconds, slot_of
+
+
+def picked(times: list[float | None], fps: float = 1.0, **options: object) -> list[tuple[int, float]]:
+    sampler = Sampler(fps, **options)
+    picks = [sampler.offer(time) for time in times]
+    return [(pick.slot, pick.time_s) for pick in picks if pick is not None]
+
+
+def test_the_first_picture_of_each_slot_is_taken():
+    assert picked([0.2, 0.9, 1.1, 1.5, 2.0]) == [(0, 0.2), (1, 1.1), (2, 2.0)]
+
+
+def test_a_hole_is_not_filled_with_neighbours():
+    assert picked([0.0, 1.0, 5.2, 5.4, 5.6, 6.0]) == [(0, 0.0), (1, 1.0), (5, 5.2), (6, 6.0)]
+
+
+def test_times_that_step_back_choose_nothing_until_they_have_caught_up():
+    assert picked([3.0, 1.0, 2.0, 3.5, 4.0]) == [(3, 3.0), (4, 4.0)]
+
+
+def test_pictures_without_times_are_numbered_by_the_rate():
+    assert [slot for slot, _ in picked([None] * 10, frame_s=0.5)] == [0, 1, 2, 3, 4]
+
+
+def test_work_goes_on_after_the_last_slot():
+    assert [slot for slot, _ in picked([0.0, 1.0, 2.0, 3.0], last_slot=1)] == [2, 3]
+
+
+@pytest.mark.parametrize("fps", [0.1, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0])
+def test_the_start_of_a_slot_belongs_to_it_at_every_rate(fps):
+    assert all(slot_of(slot / fps, fps) == slot for slot in range(2000))
+    now = 1_800_000_000
+    assert all(slot_of(slot / fps, fps) == slot for slot in range(int(now * fps), int(now * fps) + 50))
+
+
+def test_the_milliseconds_of_a_frame_stay_in_its_slot():
+    assert [milliseconds(slot / 10) for slot in range(1000)] == [slot * 100 for slot in range(1000)]
+
+
+@given(st.lists(st.floats(0, 1e6), max_size=60), st.sampled_from([0.1, 0.7, 1.0, 4.0, 10.0]))
+def test_slots_rise_and_every_pick_lies_in_its_slot(times, fps):
+    picks = picked(times, fps)
+    slots = [slot for slot, _ in picks]
+    assert slots == sorted(set(slots))
+    assert all(slot_of(time, fps) == slot for slot, time in picks)
+
+
+def test_the_clock_of_the_camera_is_taken_when_it_is_plausible():
+    clock = CaptureClock()
+    assert clock.observe(10.0, arrived=1000.3, start_realtime=None) == pytest.approx(1000.3)
+    assert clock.observe(11.0, arrived=1001.4, start_realtime=990.0) == pytest.approx(1001.0)
+
+
+def test_a_camera_clock_that_is_wrong_is_not_believed():
+    clock = CaptureClock()
+    assert clock.observe(10.0, arrived=1000.0, start_realtime=500.0) == pytest.approx(1000.0)
+    assert clock.observe(11.0, arrived=1001.0, start_realtime=990.5) == pytest.approx(1001.0)
+
+
+def test_late_packets_do_not_move_the_clock():
+    clock = CaptureClock()
+    clock.observe(10.0, arrived=1000.0, start_realtime=None)
+    assert clock.observe(11.0, arrived=1003.0, start_realtime=None) == pytest.approx(1001.0, abs=0.01)
+
+
+def test_a_jump_of_the_time_stamps_anchors_anew():
+    clock = CaptureClock()
+    clock.observe(10.0, arrived=1000.0, start_realtime=None)
+    assert clock.observe(60.0, arrived=1001.0, start_realtime=None) == pytest.approx(1001.0)
+    assert clock.observe(40.0, arrived=1002.0, start_realtime=None) == pytest.approx(1002.0)
+
+
+def test_a_slow_crystal_is_followed_for_hours():
+    clock = CaptureClock()
+    for second in range(4 * 3600):
+        wall = clock.observe(second * (1 - 1e-4), arrived=1000.0 + second, start_realtime=None)
+    assert wall == pytest.approx(1000.0 + second, abs=0.1)
+
+
+def decoded(times: list[tuple[float, bool]], fps: float = 1.0) -> list[float]:
+    sampler = Sampler(fps)
+    gate = PacketGate(sampler)
+    wanted = []
+    for time, is_key in times:
+        if gate.wants(is_key, time):
+            wanted.append(time)
+            sampler.offer(time)
+    return wanted
+
+
+def stream(seconds: int, gop: int, *, rate: int = 5, start: float = 100.2) -> list[tuple[float, bool]]:
+    return [(start + number / rate, number % gop == 0) for number in range(seconds * rate)]
+
+
+def test_frequent_keyframes_are_decoded_alone():
+    # All of the first three groups; of the fourth a picture was chosen before its keyframe came.
+    assert len(decoded(stream(20, gop=5))) == 3 * 5 + 16
+
+
+def test_rare_keyframes_need_every_picture():
+    assert len(decoded(stream(20, gop=10))) == 100
+
+
+def test_above_one_frame_a_second_every_picture_is_decoded():
+    assert len(decoded(stream(20, gop=5), fps=2.0)) == 100
+
+
+def test_a_stream_of_keyframes_is_decoded_once_a_slot():
+    wanted = decoded(stream(20, gop=1))
+    assert len(wanted) <= 20 + 4
+    assert {slot_of(time, 1.0) for time in wanted} == set(range(100, 121))
+
+
+def test_keyframes_just_over_a_second_apart_lose_no_slot():
+    times = [(100.2 + number * 1.04 / 25, number % 25 == 0) for number in range(25 * 200)]
+    slots = {slot_of(time, 1.0) for time in decoded(times)}
+    assert slots == set(range(100, max(slots) + 1))
+    assert len(decoded(times)) < 0.3 * len(times)
+
+
+def test_waits_double_with_jitter_up_to_the_limit():
+    backoff = Backoff(0.5, 30.0)
+    waits = [backoff.next_s() for _ in range(40)]
+    assert 0.25 <= waits[0] <= 0.75
+    assert all(wait <= 30.0 for wait in waits)
+    assert all(wait >= 15.0 for wait in waits[6:])
+    backoff.reset()
+    assert backoff.next_s() <= 0.75
+
+
+def test_only_the_last_hour_is_counted():
+    count = HourCount()
+    for minute in range(120):
+        count.add(minute * 60.0, 2)
+    assert count.total(119 * 60.0) == 120
+    assert count.total(300 * 60.0) == 0
