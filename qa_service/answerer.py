@@ -136,6 +136,11 @@ class Answerer:
         model_name: str,
         now: Callable[[], float] = time.time,
     ) -> None:
+        if timeline.format.fingerprint != model.fingerprint:
+            raise ValueError(
+                "the timeline holds tokens of another model: compressor and language model need the same checkpoint "
+                "and dtype (TOKENLINE_COMPRESSOR__CHECKPOINT and TOKENLINE_QA__CHECKPOINT, likewise __DTYPE)"
+            )
         self._model = model
         self._prompt = prompt
         self._timeline = timeline

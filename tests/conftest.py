@@ -1,9 +1,11 @@
 """Fixtures that more than one part's tests share."""
 
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 
+from compressor_service.untrained import write_untrained_checkpoint
 from store.connection import EmbeddedRedis, StoreRedis, connect
 
 
@@ -20,3 +22,9 @@ async def redis(redis_url: str) -> AsyncIterator[StoreRedis]:
     async with connect(redis_url) as client:
         await client.flushdb()
         yield client
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small untrained checkpoint, written once."""
+    return write_untrained_checkpoint(tmp_path_factory.mktemp("checkpoint"))

@@ -1,0 +1,268 @@
+"""The REST surface over real parts in this process: a real Redis, the small untrained model, real keyframes."""
+
+import io
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import torch
+from fastapi import FastAPI
+from numpy.typing import NDArray
+from PIL import Image
+
+from compressor_service.encoder import Encoder
+from compressor_service.llava_mini import LlavaMini
+from compressor_service.llava_mini.prompt import Prompt
+from compressor_service.preprocess import BadPicture
+from compressor_service.settings import CompressorSettings
+from compressor_service.writer import FrameWriter
+from ingest import archive
+from ingest.address import AddressPolicy, check_camera_url, check_download_url
+from ingest.address import BadUrl as IngestBadUrl
+from ingest.frame import Frame
+from qa_service.answerer import Answerer
+from qa_service.api import Services, build_api
+from qa_service.clock import write_stream_time
+from qa_service.control import SourceControl
+from qa_service.coverage import RangeReader
+from qa_service.errors import BadUrl, UnsupportedMedia
+from qa_service.finder import Finder
+from qa_service.health import Readiness
+from qa_service.keys import RateLimit
+from qa_service.metrics import Metrics
+from qa_service.schemas import ModelBody
+from qa_service.settings import ApiSettings, QASettings
+from qa_service.viewer import Viewer
+from store.cipher import Cipher
+from store.connection import StoreRedis
+from store.counters import Counters
+from store.idempotency import Idempotency
+from store.keyframes import Keyframes
+from store.leases import Leases
+from store.moments import Moments
+from store.settings import StoreSettings
+from store.sources import NewStream, NewVideo, Sources, Stream, StreamStatus, Video, VideoStatus
+from store.timeline import Timeline
+
+QUESTION = "what is there in the picture?"
+LATER_S = 1000  # the clock of the parts stands so long after a stream was registered
+
+
+class Compressor:
+    """The compressor without Ray, its errors put as the REST surface knows them."""
+
+    def __init__(self, writer: FrameWriter) -> None:
+        self._writer = writer
+        self.fused: list[Sequence[tuple[str, Sequence[int]]]] = []
+
+    async def fuse_text(
+        self, input_ids: Sequence[int], frames: Sequence[tuple[str, Sequence[int]]]
+    ) -> NDArray[np.float32]:
+        self.fused.append(frames)
+        return await self._writer.fuse_text(input_ids, frames)
+
+    async def embed_text(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        return await self._writer.embed_text(texts)
+
+    async def embed_image(self, pictures: Sequence[bytes]) -> NDArray[np.float32]:
+        try:
+            return await self._writer.embed_image(pictures)
+        except BadPicture as error:
+            raise UnsupportedMedia("The image cannot be decoded.", param="image") from error
+
+
+@dataclass
+class Parts:
+    """Everything that a test speaks to, by name."""
+
+    redis: StoreRedis
+    sources: Sources
+    timeline: Timeline
+    keyframes: Keyframes
+    encoder: Encoder
+    writer: FrameWriter
+    compressor: Compressor
+    moments: Moments
+    uploads: Path
+    checkpoint: Path
+    now: float
+    api: FastAPI
+    answerer: Answerer
+
+    def client(self, **options: Any) -> httpx.AsyncClient:
+        return httpx.AsyncClient(transport=httpx.ASGITransport(self.api), base_url="http://test", **options)
+
+    async def stream(self, slots: Sequence[int] = (), *, name: str = "dock") -> tuple[Stream, int]:
+        """Register a stream, keep frames of slots that count from its registration, and return it with slot 0."""
+        stream = await self.sources.create_stream(NewStream(name=name, url=f"rtsp://203.0.113.7/{name}"))
+        base = int(stream.created_at) + 1
+        await self.keep(stream.id, [base + slot for slot in slots])
+        return stream, base
+
+    async def video(self, slots: Sequence[int], *, duration_s: float, status: str = "ready") -> Video:
+        video = await self.sources.create_video(NewVideo(name="yard.mp4", file="yard.upload"))
+        told = VideoStatus.model_validate({"status": status, "progress": 0.5, "duration_s": duration_s})
+        await self.keep(video.id, slots, video_status=told)
+        return await self.sources.get_video(video.id)
+
+    async def keep(
+        self,
+        source_id: str,
+        slots: Sequence[int],
+        *,
+        video_status: VideoStatus | None = None,
+        stream_status: StreamStatus | None = None,
+    ) -> None:
+        """Remember frames as ingest and the compressor do: under a lease, keyframes and tokens."""
+        leases = Leases(self.redis)
+        epoch = await leases.acquire(source_id, "test", 60)
+        assert epoch is not None
+        side = self.encoder.input_size_px
+        frames = [Frame(source_id, slot, slot * 1000 + 250, keyframe(slot, side), epoch) for slot in slots]
+        if frames:
+            assert not (await self.writer.put([frames]))[0].lost
+        if video_status is not None:
+            assert await self.sources.set_video_status(source_id, epoch, video_status)
+        if stream_status is not None:
+            assert await self.sources.set_status(source_id, epoch, stream_status)
+            return
+        await leases.release("test", {source_id: epoch})
+
+    def offline(self, question: str, pictures: Sequence[bytes], max_new_tokens: int) -> list[int]:
+        """Return the ids that the whole model answers with, from the pictures alone."""
+        model, prompt = whole_model(self.checkpoint)
+        ids = torch.tensor([prompt.build(question)])
+        pixels = torch.stack([self.encoder.decode(picture) for picture in pictures])[None]
+        [made] = model.generate(model.inputs_embeds(ids, pixels), max_new_tokens, stop_ids=prompt.stop_ids).tolist()
+        return [one for one in made if one not in prompt.stop_ids]
+
+
+@asynccontextmanager
+async def open_parts(
+    redis: StoreRedis,
+    checkpoint: Path,
+    folder: Path,
+    qa: QASettings | None = None,
+    api: ApiSettings | None = None,
+) -> AsyncIterator[Parts]:
+    qa, api = qa or QASettings(), api or ApiSettings()
+    encoder = load_encoder(checkpoint)
+    timeline = Timeline(redis, encoder.format)
+    keyframes = Keyframes(str(folder / "segments"))
+    sources = Sources(redis, Cipher.open(None, folder))
+    writer = FrameWriter(encoder, timeline, keyframes, frames_per_pass=8)
+    compressor = Compressor(writer)
+    moments = Moments(timeline, StoreSettings(data_dir=folder))
+    model, prompt = whole_model(checkpoint)
+    now = int(time.time()) + float(LATER_S)
+    answerer = Answerer(
+        model, prompt, timeline, sources, compressor, compressor, moments, qa, model_name="small", now=lambda: now
+    )
+    reader = RangeReader(timeline, sources, live_lag_s=qa.live_lag_s, now=lambda: now)
+    policy = AddressPolicy(())
+
+    async def camera(url: str) -> None:
+        try:
+            await check_camera_url(url, policy)
+        except IngestBadUrl as error:
+            raise BadUrl(str(error), param="url") from None
+
+    async def download(url: str) -> None:
+        try:
+            await check_download_url(url, policy)
+        except IngestBadUrl as error:
+            raise BadUrl(str(error), param="url") from None
+
+    def probe(path: Path) -> float | None:
+        try:
+            return archive.probe(path).duration_s
+        except archive.UnsupportedMedia:
+            raise UnsupportedMedia("The file is no video that can be decoded.", param="file") from None
+
+    async def describe() -> ModelBody:
+        return ModelBody(
+            id="small",
+            created=0,
+            owned_by="tokenline",
+            tokens_per_frame=1,
+            max_frames=answerer.max_frames(64, 256),
+            fingerprint=encoder.format.fingerprint,
+            untrained=True,
+            note="The weights are untrained: answers carry no meaning.",
+        )
+
+    async def ping() -> None:
+        await redis.ping()
+
+    control = SourceControl(
+        redis,
+        sources,
+        keyframes,
+        Idempotency(redis),
+        uploads=folder / "uploads",
+        max_upload_bytes=api.max_upload_bytes,
+        check_camera_url=camera,
+        check_download_url=download,
+        probe=probe,
+    )
+    services = Services(
+        control=control,
+        viewer=Viewer(reader, timeline, keyframes),
+        finder=Finder(reader, compressor, moments),
+        questions=answerer,
+        describe=describe,
+        readiness=Readiness({"redis": ping}, api.probe_timeout_s),
+        metrics=Metrics(sources, Counters(redis)),
+        counters=Counters(redis),
+        rate=RateLimit(redis, api.requests_per_minute) if api.requests_per_minute else None,
+    )
+    yield Parts(
+        redis,
+        sources,
+        timeline,
+        keyframes,
+        encoder,
+        writer,
+        compressor,
+        moments,
+        folder / "uploads",
+        checkpoint,
+        now,
+        build_api(services, api),
+        answerer,
+    )
+    answerer.close()
+
+
+@cache
+def load_encoder(checkpoint: Path) -> Encoder:
+    return Encoder.load(CompressorSettings(checkpoint=str(checkpoint), dtype="float32", device="cpu"))
+
+
+@cache
+def whole_model(checkpoint: Path) -> tuple[LlavaMini, Prompt]:
+    return LlavaMini.from_pretrained(checkpoint, device="cpu"), Prompt.from_pretrained(checkpoint)
+
+
+@cache
+def keyframe(number: int, side: int) -> bytes:
+    """Draw a picture of its own for every number, as JPEG."""
+    random = np.random.default_rng(number)
+    small = random.integers(0, 255, (6, 6, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(small).resize((side, side), Image.Resampling.BICUBIC).save(file, "JPEG", quality=95, subsampling=0)
+    return file.getvalue()
+
+
+def stream_range(stream: Stream, start: int, end: int) -> dict[str, Any]:
+    return {"stream_id": stream.id, "start": write_stream_time(start), "end": write_stream_time(end)}
+
+
+def asked(*sources: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    return {"question": QUESTION, "sources": list(sources), "max_output_tokens": 12, **fields}
