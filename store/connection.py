@@ -31,6 +31,10 @@ START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 60.0
 
 
+_REFUSALS = (failures.AuthenticationError, failures.AuthorizationError)
+_REFUSED = "Redis refuses the credentials; check user, password and rights in TOKENLINE_STORE__REDIS_URL"
+
+
 class StoreUnavailable(ConnectionError):
     """Redis cannot be reached or refuses to work; the same call may be repeated later."""
 
@@ -42,14 +46,15 @@ def named_failures() -> Iterator[None]:
         yield
     except failures.BusyLoadingError as error:
         raise StoreUnavailable("Redis is still loading its data; try again in a moment") from error
-    except (failures.AuthenticationError, failures.AuthorizationError, failures.NoPermissionError) as error:
-        raise StoreUnavailable(
-            "Redis refuses the credentials; check user and password in TOKENLINE_STORE__REDIS_URL"
-        ) from error
     except (failures.ConnectionError, failures.TimeoutError) as error:
+        # redis-py raises a refused password during reconnection as the cause of a plain ConnectionError
+        if isinstance(error, _REFUSALS) or isinstance(error.__cause__, _REFUSALS):
+            raise StoreUnavailable(_REFUSED) from error
         raise StoreUnavailable(
             "Redis does not answer; check that it runs and that TOKENLINE_STORE__REDIS_URL points to it"
         ) from error
+    except failures.NoPermissionError as error:
+        raise StoreUnavailable(_REFUSED) from error
     except failures.ReadOnlyError as error:
         raise StoreUnavailable(
             "Redis is a read-only replica; point TOKENLINE_STORE__REDIS_URL to the primary"

@@ -14,7 +14,7 @@ from store.connection import StoreUnavailable
 from store.keyframes import Keyframes
 from store.leases import Leases
 from store.settings import StoreSettings
-from store.sources import Kept, Sources, Stream, Video
+from store.sources import Kept, Source, Sources, Stream, Video
 from store.timeline import erase_tokens, has_tokens
 
 logger = logging.getLogger(__name__)
@@ -70,9 +70,10 @@ class Janitor:
         frames = keyframes = 0
         clean = set()
         for kept in everything:
-            erased = await self._erase_due(kept)
+            leaves = await self._leaves(kept)
+            erased = await (self._erase_all(kept.source) if leaves else self._erase_old(kept.source))
             frames, keyframes = frames + erased[0], keyframes + erased[1]
-            if await self._is_done(kept, erased):
+            if leaves and erased == (0, 0):
                 clean.add(kept.source.id)
         # A frame may still be on its way when a source is purged: only one found empty twice is forgotten.
         forgotten = clean & self._clean
@@ -93,12 +94,19 @@ class Janitor:
             return held
         return await self._leases.acquire_many([LEASE_ID], self._owner, ttl_s)
 
-    async def _erase_due(self, kept: Kept) -> tuple[int, int]:
-        """Erase what is due of a source and return the numbers of frames and keyframes."""
-        source = kept.source
+    async def _leaves(self, kept: Kept) -> bool:
+        """Return whether a source is to be forgotten: purged, or deleted and past its retention."""
         if kept.purge:
-            frames = await erase_tokens(self._redis, source.id)
-            return frames, await self._keyframes.erase(source.id)
+            return True
+        deleted = isinstance(kept.source, Stream) and kept.source.deleted
+        return deleted and not await has_tokens(self._redis, kept.source.id)
+
+    async def _erase_all(self, source: Source) -> tuple[int, int]:
+        """Erase all frames and keyframes of a source and return their numbers."""
+        return await erase_tokens(self._redis, source.id), await self._keyframes.erase(source.id)
+
+    async def _erase_old(self, source: Source) -> tuple[int, int]:
+        """Erase what a stream's retention ends and return the numbers of frames and keyframes."""
         if isinstance(source, Video):
             return 0, 0
         oldest = int((time.time() - source.retention_hours * 3600) * source.fps)
@@ -111,16 +119,6 @@ class Janitor:
             keyframes = await self._keyframes.erase(source.id, None, oldest)
             self._steps[source.id] = step
         return frames, keyframes
-
-    async def _is_done(self, kept: Kept, erased: tuple[int, int]) -> bool:
-        """Return whether a source that is on its way out has nothing left."""
-        if kept.purge:
-            return erased == (0, 0)
-        if not isinstance(kept.source, Stream) or not kept.source.deleted:
-            return False
-        if await has_tokens(self._redis, kept.source.id):
-            return False
-        return await self._keyframes.erase(kept.source.id) == 0  # keyframes without a token answer nothing
 
     def _erase_uploads(self, wanted: Iterable[str]) -> int:
         """Remove uploaded files that no video refers to, unless they are so young that a video may be on its way."""

@@ -1,0 +1,174 @@
+"""Retention, purge and uploads on a real server and a real folder."""
+
+import asyncio
+import contextlib
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cryptography.fernet import Fernet
+from pydantic import SecretStr
+
+from store.cipher import Cipher
+from store.connection import StoreRedis, StoreUnavailable
+from store.format import TokenFormat
+from store.janitor import Janitor, SweepReport
+from store.keyframes import Keyframes
+from store.leases import Leases
+from store.settings import StoreSettings
+from store.sources import Gap, NewStream, NewVideo, Sources
+from store.timeline import Entry, FrameNotKept, Timeline
+
+FORMAT = TokenFormat(fingerprint="0123456789abcdef", dtype="float16", tokens_per_frame=1, width=2, vector_width=2)
+
+
+@dataclass
+class Store:
+    """All that a janitor looks after."""
+
+    sources: Sources
+    timeline: Timeline
+    keyframes: Keyframes
+    leases: Leases
+    settings: StoreSettings
+    janitor: Janitor
+
+    async def remember(self, source_id: str, slots: list[int]) -> None:
+        """Append frames as the owner."""
+        epoch = await self.leases.acquire(source_id, "writer", 60)
+        assert epoch is not None
+        await self.keyframes.put_many({(source_id, slot): b"jpeg" for slot in slots})
+        entries = [Entry(slot, slot * 1000, np.ones((1, 2), np.float16), np.ones(2, np.float32)) for slot in slots]
+        await self.timeline.append(source_id, epoch, entries)
+
+
+@pytest.fixture
+def store(redis: StoreRedis, tmp_path: Path) -> Store:
+    settings = StoreSettings(data_dir=tmp_path, janitor_interval_s=0.01, upload_grace_s=100)
+    sources = Sources(redis, Cipher(SecretStr(Fernet.generate_key().decode())))
+    keyframes = Keyframes(settings.segments_root)
+    janitor = Janitor(redis, sources, keyframes, settings)
+    return Store(sources, Timeline(redis, FORMAT), keyframes, Leases(redis), settings, janitor)
+
+
+async def test_retention_erases_what_is_older_and_keeps_the_rest(store):
+    stream = await store.sources.create_stream(NewStream(name="door", url="rtsp://cam/door", retention_hours=2))
+    now = int(time.time())
+    old, young = [now - 3 * 3600, now - 2 * 3600 - 60], [now - 2 * 3600 + 60, now]
+    await store.remember(stream.id, old + young)
+    await store.sources.add_gaps(stream.id, None, [Gap(start_slot=old[0], end_slot=old[0] + 5, reason="shed")])
+    assert await store.janitor.sweep() == SweepReport(frames=2, keyframes=2)
+    assert (await store.timeline.slots(stream.id, 0, 10**12)).tolist() == young
+    assert await store.keyframes.get_many(stream.id, young) == [b"jpeg"] * 2
+    with pytest.raises(FrameNotKept):
+        await store.keyframes.get(stream.id, old[1])
+    gaps = await store.sources.gaps(stream.id, old[0], old[0] + 5)
+    assert [gap.reason for gap in gaps] == ["not_registered"]
+    assert await store.janitor.sweep() == SweepReport()
+
+
+async def test_retention_counts_slots_by_the_streams_own_rate(store):
+    stream = await store.sources.create_stream(NewStream(name="fast", url="rtsp://cam/fast", fps=5, retention_hours=1))
+    now = time.time()
+    old, young = int((now - 3700) * 5), int((now - 3500) * 5)
+    await store.remember(stream.id, [old, young])
+    assert (await store.janitor.sweep()).frames == 1
+    assert (await store.timeline.slots(stream.id, 0, 10**12)).tolist() == [young]
+
+
+async def test_videos_have_no_retention(store):
+    video = await store.sources.create_video(NewVideo(name="clip", file="clip.mp4"))
+    await store.remember(video.id, [0, 1, 2])
+    assert await store.janitor.sweep() == SweepReport()
+    assert await store.timeline.count(video.id) == 3
+
+
+async def test_a_purge_is_finished_whoever_began_it(store, redis):
+    stream = await store.sources.create_stream(NewStream(name="door", url="rtsp://cam/door"))
+    video = await store.sources.create_video(NewVideo(name="clip", file="clip.mp4"))
+    for source in (stream, video):
+        await store.remember(source.id, [1, 2, 3])
+        await store.sources.add_gaps(source.id, None, [Gap(start_slot=5, end_slot=9, reason="shed")])
+    await store.sources.delete_stream(stream.id, purge=True)
+    await store.sources.delete_video(video.id)
+    assert await store.janitor.sweep() == SweepReport(frames=6, keyframes=6)
+    await store.keyframes.put(stream.id, 4, b"a frame that was on its way")
+    assert (await store.janitor.sweep()).keyframes == 1
+    while await store.sources.everything():
+        await store.janitor.sweep()
+    assert [key for key in await redis.keys("*") if b"{sources}" not in key] == []
+    assert os.listdir(store.settings.segments_root) == []  # noqa: PTH208 - one call, not worth a thread
+
+
+async def test_a_deleted_stream_answers_until_retention_and_is_then_forgotten(store):
+    stream = await store.sources.create_stream(NewStream(name="door", url="rtsp://cam/door", retention_hours=1))
+    now = int(time.time())
+    await store.remember(stream.id, [now - 3500])
+    await store.sources.delete_stream(stream.id)
+    for _ in range(3):
+        assert await store.janitor.sweep() == SweepReport()
+    assert await store.timeline.count(stream.id) == 1
+    await store.timeline.erase(stream.id)
+    reports = [await store.janitor.sweep() for _ in range(3)]
+    assert reports == [SweepReport(keyframes=1), SweepReport(), SweepReport(sources=1)]
+    assert await store.sources.everything() == []
+
+
+async def test_uploads_without_a_video_go_after_their_grace(store):
+    uploads = store.settings.uploads_dir
+    uploads.mkdir(parents=True)
+    for name in ("kept.mp4", "orphan.mp4", "deleted.mp4", "young.mp4"):
+        (uploads / name).write_bytes(b"x")
+        if name != "young.mp4":
+            os.utime(uploads / name, (1, 1))
+    (uploads / "folder").mkdir()
+    await store.sources.create_video(NewVideo(name="kept", file="kept.mp4"))
+    deleted = await store.sources.create_video(NewVideo(name="deleted", file="deleted.mp4"))
+    await store.sources.delete_video(deleted.id)
+    assert (await store.janitor.sweep()).uploads == 2
+    assert {path.name for path in uploads.iterdir()} == {"kept.mp4", "young.mp4", "folder"}
+
+
+async def test_of_two_janitors_one_works_and_the_other_takes_over(store, redis):
+    second = Janitor(redis, store.sources, store.keyframes, store.settings)
+    tasks = [asyncio.create_task(janitor.run()) for janitor in (store.janitor, second)]
+    try:
+        stream = await store.sources.create_stream(NewStream(name="door", url="rtsp://cam/door", retention_hours=1))
+        for task in (tasks[0], tasks[1]):
+            await store.remember(stream.id, [1, 2, 3])
+            await gone(store, stream.id)
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+            await store.leases.revoke(stream.id)
+        assert await store.leases.owner("janitor") is None
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+async def gone(store: Store, source_id: str) -> None:
+    async with asyncio.timeout(10):
+        while await store.timeline.count(source_id):  # noqa: ASYNC110 - another task's work, seen through Redis
+            await asyncio.sleep(0.01)
+
+
+async def test_a_store_that_fails_is_reported_by_a_sweep(store):
+    """Keyframes that cannot be erased are not forgotten."""
+    stream = await store.sources.create_stream(NewStream(name="door", url="rtsp://cam/door"))
+    await store.remember(stream.id, [1])
+    await store.sources.delete_stream(stream.id, purge=True)
+    folder = Path(store.settings.segments_root) / stream.id
+    moved = folder.rename(folder.with_name("elsewhere"))
+    folder.write_text("a file where a folder was")
+    for _ in range(3):
+        with pytest.raises(StoreUnavailable):
+            await store.janitor.sweep()
+    folder.unlink()
+    moved.rename(folder)
+    while await store.sources.everything():
+        await store.janitor.sweep()
+    assert not folder.exists()

@@ -1,0 +1,147 @@
+"""Keyframes in a local folder and in an object store, by one contract."""
+
+import asyncio
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from store.cipher import Cipher, WrongKey
+from store.connection import StoreUnavailable
+from store.keyframes import Keyframes
+from store.timeline import FrameNotKept
+
+NOON = 1_800_000_000
+
+
+@pytest.fixture(params=["folder", "object store"])
+def keyframes(request: pytest.FixtureRequest, tmp_path: Path) -> Keyframes:
+    return Keyframes(str(tmp_path / "segments") if request.param == "folder" else f"memory://{uuid4().hex}")
+
+
+async def test_a_keyframe_comes_back_byte_for_byte(keyframes):
+    await keyframes.put("str_a", NOON, b"\xff\xd8 jpeg")
+    assert await keyframes.get("str_a", NOON) == b"\xff\xd8 jpeg"
+    await keyframes.put("str_a", NOON, b"again")
+    assert await keyframes.get("str_a", NOON) == b"again"
+
+
+async def test_many_keyframes_go_and_come_in_the_order_asked(keyframes):
+    await keyframes.put_many({("str_a", slot): b"%d" % slot for slot in range(3590, 3610)} | {("str_b", 1): b"b"})
+    assert await keyframes.get_many("str_a", [3605, 3590, 3605]) == [b"3605", b"3590", b"3605"]
+    assert await keyframes.get_many("str_b", [1]) == [b"b"]
+    assert await keyframes.get_many("str_b", []) == []
+    await keyframes.put_many({})
+
+
+async def test_an_absent_keyframe_is_named(keyframes):
+    await keyframes.put("str_a", 1, b"x")
+    with pytest.raises(FrameNotKept, match="slot 2 of str_a"):
+        await keyframes.get_many("str_a", [1, 2])
+    with pytest.raises(FrameNotKept):
+        await keyframes.get("str_unknown", 1)
+
+
+@pytest.mark.parametrize("source_id", ["../str_a", "str_a/..", "", ".", "a/b", "str_a\n", "*"])
+async def test_an_id_cannot_leave_the_root(keyframes, source_id):
+    for attempt in (
+        keyframes.put(source_id, 1, b"x"),
+        keyframes.get(source_id, 1),
+        keyframes.erase(source_id),
+    ):
+        with pytest.raises(ValueError, match="source id"):
+            await attempt
+
+
+async def test_erasing_takes_the_range_and_nothing_else(keyframes):
+    slots = [0, 1, 3599, 3600, 7199, 7200, 7201]
+    await keyframes.put_many({("str_a", slot): b"x" for slot in slots} | {("str_b", 1): b"b"})
+    assert await keyframes.erase("str_a", 1, 7201) == 5
+    assert await keyframes.get_many("str_a", [0, 7201]) == [b"x", b"x"]
+    for slot in slots[1:-1]:
+        with pytest.raises(FrameNotKept):
+            await keyframes.get("str_a", slot)
+    assert await keyframes.erase("str_a", 1, 7201) == 0
+    assert await keyframes.erase("str_a", None, 5) == 1
+    assert await keyframes.erase("str_a") == 1
+    assert await keyframes.erase("str_unknown") == 0
+    assert await keyframes.get("str_b", 1) == b"b"
+
+
+async def test_erased_sources_leave_no_folder(tmp_path):
+    keyframes = Keyframes(str(tmp_path))
+    await keyframes.put_many({("str_a", slot): b"x" for slot in (1, 2, 4000)})
+    (tmp_path / "str_a/keyframes/0/.2.jpg.dead.tmp").write_bytes(b"left by a crash")
+    assert await keyframes.erase("str_a", 4000, 4001) == 1
+    assert [path.name for path in (tmp_path / "str_a/keyframes").iterdir()] == ["0"]
+    assert await keyframes.erase("str_a") == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_writing_leaves_only_whole_files(tmp_path):
+    keyframes = Keyframes(str(tmp_path))
+    await asyncio.gather(*(keyframes.put("str_a", 7, bytes([mark]) * 100_000) for mark in range(20)))
+    jpeg = await keyframes.get("str_a", 7)
+    assert jpeg == jpeg[:1] * 100_000
+    assert [path.name for path in (tmp_path / "str_a/keyframes/0").iterdir()] == ["7.jpg"]
+
+
+async def test_writing_and_erasing_at_once_loses_no_later_write(tmp_path):
+    keyframes = Keyframes(str(tmp_path))
+
+    async def erase() -> None:
+        for _ in range(50):
+            await keyframes.erase("str_a", 0, 100)
+
+    async def write() -> None:
+        for slot in range(100, 200):
+            await keyframes.put("str_a", slot, b"x")
+
+    await asyncio.gather(erase(), write())
+    assert await keyframes.get_many("str_a", list(range(100, 200))) == [b"x"] * 100
+
+
+async def test_an_unusable_root_is_reported_without_its_path(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    keyframes = Keyframes(str(tmp_path / "file" / "segments"))
+    assert not await keyframes.writable()
+    with pytest.raises(StoreUnavailable, match="TOKENLINE_STORE__SEGMENTS_URL") as caught:
+        await keyframes.put("str_a", 1, b"x")
+    assert str(tmp_path) not in str(caught.value)
+
+
+async def test_a_usable_root_is_writable_and_left_as_it_was(keyframes, tmp_path):
+    assert await keyframes.writable()
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_key_is_made_once_and_readable_by_us_alone(tmp_path):
+    secret = Cipher.open(None, tmp_path / "data").encrypt("hunter2")
+    assert Cipher.open(None, tmp_path / "data").decrypt(secret) == "hunter2"
+    [key] = (tmp_path / "data").iterdir()
+    assert key.stat().st_mode & 0o777 == 0o600
+    with pytest.raises(WrongKey):
+        Cipher.open(None, tmp_path / "other").decrypt(secret)
+
+
+def test_processes_that_start_together_share_one_key(tmp_path):
+    async def open_all() -> list[Cipher]:
+        return await asyncio.gather(*(asyncio.to_thread(Cipher.open, None, tmp_path) for _ in range(16)))
+
+    ciphers = asyncio.run(open_all())
+    secret = ciphers[0].encrypt("x")
+    assert {cipher.decrypt(secret) for cipher in ciphers} == {"x"}
+
+
+def test_a_secret_that_was_tampered_with_is_refused(tmp_path):
+    cipher = Cipher.open(None, tmp_path)
+    for broken in (cipher.encrypt("x")[:-8] + "AAAAAAA=", "", "not a token"):
+        with pytest.raises(WrongKey):
+            cipher.decrypt(broken)
+
+
+def test_a_key_that_is_none_says_how_to_make_one(tmp_path):
+    (tmp_path / "secret.key").write_text("too short")
+    with pytest.raises(ValueError, match="generate_key") as caught:
+        Cipher.open(None, tmp_path)
+    assert "too short" not in str(caught.value)
