@@ -42,7 +42,7 @@ class Encoder:
         self._text = text
 
     @classmethod
-    def load(cls, settings: CompressorSettings) -> "Encoder":
+    def load(cls, checkpoint: str | Path, dtype: Dtype, settings: CompressorSettings) -> "Encoder":
         """Load the looking half of the checkpoint. Raises BadCheckpoint."""
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)

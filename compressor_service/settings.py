@@ -1,21 +1,33 @@
-"""Settings of the compressor."""
+"""Settings of the model and of the compressor."""
 
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
 
-class CompressorSettings(BaseModel):
-    """Which model looks at the frames, and how many at once."""
+class ModelSettings(BaseModel):
+    """Which model looks and answers. Compressor and language model are two halves of one checkpoint."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    checkpoint: str = Field(
-        default="ICTNLP/llava-mini-llama-3.1-8b", min_length=1, description="Hub name or local folder of the model."
+    checkpoint: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Hub name or local folder of the model, such as ICTNLP/llava-mini-llama-3.1-8b. "
+        "Without one the small embedded model.",
     )
-    dtype: Literal["bfloat16", "float16", "float32"] = Field(
-        default="bfloat16", description="What the model computes in, and frame tokens are kept in."
+    dtype: Literal["bfloat16", "float16", "float32"] | None = Field(
+        default=None,
+        description="What the model computes in, and frame tokens are kept in: bfloat16, float16 or float32. "
+        "Without one bfloat16, and float32 for the embedded model.",
     )
+
+
+class CompressorSettings(BaseModel):
+    """How many frames are looked at at once, and on what device."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
     device: str = Field(
         default="auto",
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",

@@ -48,6 +48,7 @@ through time to today together top towards tower train tree truck turn two under
 watch water way we were what when where which while white who wide will wind window with without woman wood yard yellow
 yes you your
 """
+_END_OF_WORD = "</w>"
 _IMAGE, _PATCH = 112, 16
 _CLIP_WIDTH, _SPACE, _WIDTH = 64, 48, 128
 _VISION = {
@@ -269,22 +270,19 @@ def _write_tokenizer(folder: Path) -> Tokenizer:
 
 
 def _write_clip_tokenizer(folder: Path) -> CLIPTokenizer:
-    trained = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
-    trained.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    """Write CLIP's kind of tokenizer; its merges spell the words out, for training orders ties by chance."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges: dict[tuple[str, str], None] = {}
+    for word in _WORDS.split():
+        for end in range(1, len(word)):
+            merges[word[:end], word[end] + (_END_OF_WORD if end + 1 == len(word) else "")] = None
+    whole = dict.fromkeys(left + right for left, right in merges)
+    tokens = [*letters, *(letter + _END_OF_WORD for letter in letters), *whole, "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(
+        vocab={token: number for number, token in enumerate(tokens)},
+        merges=list(merges),  # type: ignore[arg-type]
+        model_max_length=_TEXT["max_position_embeddings"],
     )
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=1200, show_progress=False, initial_alphabet=alphabet, end_of_word_suffix="</w>"
-    )
-    trained.train_from_iterator(_training_text(), trainer)
-    model = json.loads(trained.to_str())["model"]
-    vocabulary: dict[str, int] = model["vocab"]
-    missing = [f"{letter}</w>" for letter in alphabet if f"{letter}</w>" not in vocabulary]
-    for token in [*missing, "<|startoftext|>", "<|endoftext|>"]:
-        vocabulary[token] = len(vocabulary)
-    merges = [(left, right) for left, right in model["merges"]]
-    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)  # type: ignore[arg-type]
     tokenizer.save_pretrained(folder)
     return tokenizer
 

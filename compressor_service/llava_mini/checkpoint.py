@@ -77,7 +77,10 @@ class Weights:
         for name in names:
             with self._files[name].open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
                 (header_bytes,) = struct.unpack("<Q", mapped[:8])
-                entry = json.loads(mapped[8 : 8 + header_bytes])[name]
+                header = json.loads(mapped[8 : 8 + header_bytes])
+                if name not in header:
+                    raise BadCheckpoint(f"{self._folder.name}: tensor {name} is not where the index says")
+                entry = header[name]
                 digest.update(f"{name.removeprefix(without)} {entry['dtype']} {entry['shape']} ".encode())
                 start, end = (8 + header_bytes + offset for offset in entry["data_offsets"])
                 with memoryview(mapped) as view, view[start:end] as tensor:
@@ -285,9 +288,7 @@ def _files_of_index(folder: Path, index: Mapping[str, Any]) -> dict[str, Path]:
         raise BadCheckpoint(f"{folder.name}/model.safetensors.index.json has no weight_map")
     for shard in sorted(set(map(str, shards.values()))):
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise BadCheckpoint(
-                f"{folder.name}: the index names {shard!r}, which is no safetensors file of this folder"
-            )
+            raise BadCheckpoint(f"{folder.name}: the index names {shard!r}, not a safetensors file beside it")
         if not (folder / shard).is_file():
             raise BadCheckpoint(f"{folder.name}: shard {shard} of the index is missing")
     return {name: folder / shard for name, shard in shards.items()}

@@ -1,0 +1,287 @@
+"""Checkpoints in the published layout: loaded from every place their parts may be, refused by name when broken."""
+
+import json
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from compressor_service.llava_mini import BadCheckpoint, LlavaMini
+from compressor_service.llava_mini.checkpoint import describe, open_checkpoint
+from compressor_service.llava_mini.quantized import QuantizationUnavailable
+from compressor_service.untrained import write_untrained_checkpoint
+from tests.reference import make_checkpoint
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return make_checkpoint.write(tmp_path / "model", 1, 1)
+
+
+@pytest.fixture
+def expected(folder):
+    return LlavaMini.from_pretrained(folder).encode_frames(pictures())
+
+
+def pictures():
+    return torch.randn(2, 1, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+
+
+def configure(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def change(folder, **tensors):
+    """Replace tensors of the main file; None takes one away. Dots are written as __."""
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    for name, value in tensors.items():
+        weights.pop(name.replace("__", "."))
+        if value is not None:
+            weights[name.replace("__", ".")] = value
+    save_file(weights, path)
+
+
+def shard(folder):
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    halves = {"model-00001-of-00002.safetensors": {}, "model-00002-of-00002.safetensors": {}}
+    where = {name: sorted(halves)[index % 2] for index, name in enumerate(weights)}
+    for name, tensor in weights.items():
+        halves[where[name]][name] = tensor
+    for name, half in halves.items():
+        save_file(half, folder / name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    path.unlink()
+
+
+def test_shards_are_read_as_one(folder, expected):
+    before = describe(folder, "float32").fingerprint
+    shard(folder)
+    assert torch.equal(LlavaMini.from_pretrained(folder).encode_frames(pictures()), expected)
+    assert open_checkpoint(folder).fingerprint("float32") == before
+
+
+def test_the_tower_may_lie_inside_the_checkpoint(folder, expected):
+    before = describe(folder, "float32").fingerprint
+    tower = load_file(folder / "clip" / "model.safetensors")
+    inside = {f"model.vision_tower.vision_tower.{name}": tensor for name, tensor in tower.items()}
+    save_file(load_file(folder / "model.safetensors") | inside, folder / "model.safetensors")
+    (folder / "clip" / "model.safetensors").unlink()
+    assert torch.equal(LlavaMini.from_pretrained(folder).encode_frames(pictures()), expected)
+    assert open_checkpoint(folder).fingerprint("float32") == before
+
+
+def test_the_tower_may_be_named_relative_to_the_checkpoint(folder, expected):
+    configure(folder, mm_vision_tower="clip")
+    assert torch.equal(LlavaMini.from_pretrained(folder).encode_frames(pictures()), expected)
+
+
+def test_a_tower_saved_without_its_outer_name_is_read(folder, expected):
+    path = folder / "clip" / "model.safetensors"
+    save_file({name.removeprefix("vision_model."): one for name, one in load_file(path).items()}, path)
+    assert torch.equal(LlavaMini.from_pretrained(folder).encode_frames(pictures()), expected)
+
+
+def test_tensors_that_nothing_needs_are_not_missed(folder, expected):
+    change(folder, model__norm__weight=None)
+    assert torch.equal(LlavaMini.from_pretrained(folder, part="compressor").encode_frames(pictures()), expected)
+
+
+def test_the_fingerprint_follows_what_tokens_depend_on_and_nothing_else(folder):
+    def fingerprint(dtype="float32"):
+        return open_checkpoint(folder).fingerprint(dtype)
+
+    before = fingerprint()
+    assert len(before) == 16
+    assert fingerprint("bfloat16") != before
+    change(folder, lm_head__weight=torch.zeros(512, 128))
+    assert fingerprint() == before
+    change(folder, model__mm_projector__0__bias=torch.zeros(128))
+    changed = fingerprint()
+    assert changed != before
+    configure(folder, mm_vision_select_layer=-1)
+    assert fingerprint() not in (before, changed)
+
+
+def test_a_checkpoint_is_described_without_loading_it(folder):
+    facts = describe(folder, "float32")
+    assert (facts.name, facts.vector_width, facts.searches_text) == ("model", 1024, False)
+    assert facts.fingerprint == LlavaMini.from_pretrained(folder, part="llm").fingerprint
+    config = facts.config
+    assert (config.width, config.tokens_per_frame, config.input_size_px, config.parts) == (128, 1, 56, 1)
+    assert (config.context_rows, config.max_position_embeddings, config.untrained) == (4096, 4096, False)
+
+
+def test_high_resolution_asks_for_larger_keyframes(tmp_path):
+    config = describe(make_checkpoint.write(tmp_path, 2, 3), "float32").config
+    assert (config.input_size_px, config.parts, config.tokens_per_frame) == (168, 10, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("/nowhere/at/all", "there is no folder 'all'"),
+        ("./missing", "there is no folder 'missing'"),
+        ("just-a-name", "no hub name of the form owner/name"),
+        ("two/many/slashes", "no hub name of the form owner/name"),
+        ("bad owner/bad name?", "it is no valid hub name"),
+    ],
+)
+def test_a_name_that_leads_nowhere_is_refused(name, message):
+    with pytest.raises(BadCheckpoint, match=message):
+        LlavaMini.from_pretrained(name)
+
+
+def test_a_name_that_the_hub_does_not_answer_is_refused():
+    with pytest.raises(BadCheckpoint, match=r"no folder 'nobody/nothing', and no such checkpoint could be had"):
+        LlavaMini.from_pretrained("nobody/nothing")
+
+
+def test_a_file_instead_of_its_folder_is_refused(folder):
+    with pytest.raises(BadCheckpoint, match=r"config\.json is a file: give the folder"):
+        LlavaMini.from_pretrained(folder / "config.json")
+
+
+def test_a_folder_without_config_is_refused(tmp_path):
+    with pytest.raises(BadCheckpoint, match=r"has no config\.json"):
+        LlavaMini.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(("content", "message"), [("{", "is not JSON"), ("[1]", "no JSON object")])
+def test_a_broken_config_is_refused(folder, content, message):
+    (folder / "config.json").write_text(content)
+    with pytest.raises(BadCheckpoint, match=message):
+        LlavaMini.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "llama"}, "model_type is 'llama', not 'llava_mini_llama'"),
+        ({"mm_projector_type": "linear"}, "mm_projector_type 'linear' is not supported"),
+        ({"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature 'cls_patch' is not supported"),
+        ({"mm_vision_select_layer": -9}, "mm_vision_select_layer is -9"),
+        ({"mm_hidden_size": 64}, "mm_hidden_size is 64"),
+        ({"compressor_size": 0}, "compressor_size is 0"),
+        ({"compressor_size": "two"}, "compressor_size is 'two'"),
+        ({"mm_vision_tower": None}, "mm_vision_tower names no vision tower"),
+        ({"mm_vision_tower": "/nowhere/clip"}, "vision tower of mm_vision_tower: there is no folder 'clip'"),
+    ],
+    ids=str,
+)
+def test_a_config_of_another_network_is_refused(folder, changes, message):
+    configure(folder, **changes)
+    with pytest.raises(BadCheckpoint, match=message):
+        LlavaMini.from_pretrained(folder)
+
+
+def test_a_tower_that_is_not_clip_is_refused(folder):
+    configure(folder / "clip", model_type="siglip_vision_model")
+    with pytest.raises(BadCheckpoint, match="is a 'siglip_vision_model', not a CLIP model"):
+        LlavaMini.from_pretrained(folder)
+
+
+def test_pickles_are_refused_with_the_reason_and_never_opened(folder, tmp_path):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(_Bomb(tmp_path / "it-ran")))
+    with pytest.raises(BadCheckpoint, match=r"pickles \(\.bin\), which can run code"):
+        LlavaMini.from_pretrained(folder)
+    assert not (tmp_path / "it-ran").exists()
+
+
+class _Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_a_folder_without_weights_is_refused(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(BadCheckpoint, match="has no weights"):
+        LlavaMini.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.prefusion_layers.3.mlp.up_proj.weight", "model.layers.0.input_layernorm.weight", "lm_head.weight"]
+)
+def test_a_missing_tensor_is_named(folder, name):
+    change(folder, **{name: None})
+    with pytest.raises(BadCheckpoint, match=f"tensor {name} is missing"):
+        LlavaMini.from_pretrained(folder)
+
+
+def test_a_tensor_of_the_wrong_shape_is_named_with_both_shapes(folder):
+    configure(folder, vocab_size=500)
+    with pytest.raises(
+        BadCheckpoint,
+        match=r"tensor model.embed_tokens.weight has shape \(512, 128\), the config asks for \(500, 128\)",
+    ):
+        LlavaMini.from_pretrained(folder)
+
+
+def test_a_missing_shard_is_named(folder):
+    shard(folder)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(BadCheckpoint, match=r"shard model-00002-of-00002\.safetensors of the index is missing"):
+        LlavaMini.from_pretrained(folder)
+
+
+def test_an_index_that_leaves_the_folder_is_refused(folder):
+    shard(folder)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "../other.safetensors"}}))
+    with pytest.raises(BadCheckpoint, match="not a safetensors file beside it"):
+        LlavaMini.from_pretrained(folder)
+
+
+def test_an_index_that_promises_too_much_is_refused(folder):
+    shard(folder)
+    path = folder / "model.safetensors.index.json"
+    where = json.loads(path.read_text())["weight_map"]
+    path.write_text(json.dumps({"weight_map": dict.fromkeys(where, "model-00001-of-00002.safetensors")}))
+    with pytest.raises(BadCheckpoint, match="is not where the index says"):
+        LlavaMini.from_pretrained(folder)
+
+
+def test_a_damaged_file_is_named(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(BadCheckpoint, match=r"model\.safetensors is damaged"):
+        LlavaMini.from_pretrained(folder)
+
+
+def test_eight_bits_without_their_library_say_what_to_install(folder):
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        with pytest.raises(QuantizationUnavailable, match=r"pip install 'tokenline\[quantized\]'"):
+            LlavaMini.from_pretrained(folder, part="llm", load_in_8bit=True)
+    else:
+        pytest.skip("bitsandbytes is installed here")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a cuda device here")
+def test_cuda_without_a_device_is_refused_and_auto_falls_back(folder):
+    with pytest.raises(ValueError, match='use "cpu" or "auto"'):
+        LlavaMini.from_pretrained(folder, device="cuda")
+    assert LlavaMini.from_pretrained(folder, device="auto").device == torch.device("cpu")
+
+
+def test_untrained_checkpoints_of_one_seed_are_the_same_to_the_byte(tmp_path):
+    first, second = (write_untrained_checkpoint(tmp_path / name, seed=3) for name in ("first", "second"))
+    other = write_untrained_checkpoint(tmp_path / "other", seed=4)
+    files = sorted(path.relative_to(first) for path in first.rglob("*") if path.is_file())
+    assert all((first / name).read_bytes() == (second / name).read_bytes() for name in files)
+    assert describe(first, "float32").fingerprint != describe(other, "float32").fingerprint
+    assert sum((first / name).stat().st_size for name in files) < 8_000_000
+
+
+def test_an_untrained_checkpoint_says_so_and_has_everything(tmp_path):
+    facts = describe(write_untrained_checkpoint(tmp_path / "small"), "bfloat16")
+    assert facts.config.untrained
+    assert facts.searches_text
+    assert facts.config.llama.rope_parameters["rope_type"] == "llama3"
