@@ -300,6 +300,17 @@ def test_an_error_shows_message_code_and_request(capsys):
     assert capsys.readouterr().err == "error: There is no stream str_1. (stream_not_found)\nrequest: req_7\n"
 
 
+def test_a_service_that_is_not_ready_tells_which_part_and_exits_with_1(capsys):
+    body = {"status": "unavailable", "parts": {"redis": "timeout", "qa": "ok"}}
+    with stranger(503, json.dumps(body)) as (url, _):
+        assert run_command(["health", "--url", url]) == 1
+        shown = capsys.readouterr().out
+        assert run_command(["health", "--url", url, "--json"]) == 1
+    assert "timeout" in shown
+    assert shown.endswith("not ready\n")
+    assert json.loads(capsys.readouterr().out) == {"ready": False, "parts": body["parts"]}
+
+
 def test_the_key_goes_into_the_header_and_nowhere_else(monkeypatch, capsys):
     monkeypatch.setenv("TOKENLINE_API_KEY", "k3y")
     with stranger(401, "{}") as (url, seen):
