@@ -96,7 +96,7 @@ class ArchiveWorker:
             missing, self._missing = self._missing, []
             return missing
 
-    def supervise(self) -> None:
+    def supervise(self, monotonic: float) -> None:
         """Files on a disk need no watchdog."""
 
     def report(self, now: float) -> ArchiveReport:

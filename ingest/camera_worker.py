@@ -118,11 +118,11 @@ class CameraWorker:
                 next_retry_at=self._next_retry_at,
             )
 
-    def supervise(self) -> None:
+    def supervise(self, monotonic: float) -> None:
         """Replace a reading thread that has not stirred for longer than every timeout of FFmpeg together."""
         patience_s = 2 * self._settings.open_timeout_s + 2 * self._settings.read_timeout_s
         reading = self._reading
-        if reading.halt.is_set() or time.monotonic() - reading.beat_at < patience_s:
+        if reading.halt.is_set() or monotonic - reading.beat_at < patience_s:
             return
         reading.halt.set()
         self.stuck_threads += 1

@@ -53,7 +53,7 @@ class Downloader:
             return True
         except httpx.TimeoutException:
             raise DownloadFailed("the server of the file sent nothing for too long") from None
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise DownloadFailed(f"the file could not be fetched: {type(error).__name__}") from None
         finally:
             part.unlink(missing_ok=True)

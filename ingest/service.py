@@ -217,7 +217,7 @@ class IngestService:
 
     async def _report(self, worker: Worker) -> None:
         """Report one source: its missing slots, then its state if that is new or due; finish it if it is over."""
-        worker.supervise()
+        worker.supervise(time.monotonic())
         is_over = worker.is_over
         source_id, epoch = worker.assignment.source_id, worker.assignment.epoch
         unsent = self._unsent.setdefault(source_id, [])
