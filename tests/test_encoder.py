@@ -1,0 +1,257 @@
+"""Keyframes to stored tokens: pictures in, the border to numpy, and frames of many sources kept together."""
+
+import asyncio
+import io
+import logging
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pydantic import ValidationError
+
+from compressor_service.encoder import Encoder, SearchUnavailable
+from compressor_service.llava_mini import LlavaMini
+from compressor_service.preprocess import BadPicture, pixels
+from compressor_service.settings import CompressorSettings
+from compressor_service.untrained import write_untrained_checkpoint
+from compressor_service.writer import FrameWriter
+from ingest.frame import Frame, Receipt
+from store.keyframes import Keyframes
+from store.leases import Leases
+from store.timeline import FrameNotKept, Timeline
+from tests.reference import make_checkpoint
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_untrained_checkpoint(tmp_path_factory.mktemp("untrained"))
+
+
+@pytest.fixture(scope="module")
+def encoder(folder):
+    return load(folder)
+
+
+@pytest.fixture
+def timeline(redis, encoder):
+    return Timeline(redis, encoder.format)
+
+
+@pytest.fixture
+def keyframes(tmp_path):
+    return Keyframes(str(tmp_path / "segments"))
+
+
+@pytest.fixture
+def writer(encoder, timeline, keyframes):
+    return FrameWriter(encoder, timeline, keyframes, frames_per_pass=4)
+
+
+def load(folder, dtype="float32"):
+    return Encoder.load(folder, dtype, CompressorSettings(device="cpu", max_batch_frames=4))
+
+
+def picture(seed, size=(112, 112)):
+    coarse = np.random.default_rng(seed).integers(0, 255, (7, 7, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+
+
+def jpeg(seed, size=(112, 112), kind="JPEG"):
+    target = io.BytesIO()
+    picture(seed, size).save(target, kind, **({"quality": 95, "subsampling": 0} if kind == "JPEG" else {}))
+    return target.getvalue()
+
+
+def frame(source_id, slot, epoch, keyframe=None):
+    return Frame(source_id, slot, slot * 1000, jpeg(slot) if keyframe is None else keyframe, epoch)
+
+
+async def lease(redis, source_id):
+    return await Leases(redis).acquire(source_id, "a test", 60)
+
+
+def test_a_keyframe_is_read_as_it_is_and_normalised():
+    whole = pixels(jpeg(1), image_size=112, ratio=1)
+    decoded = np.asarray(Image.open(io.BytesIO(jpeg(1))), np.float32) / 255
+    expected = (decoded - [0.48145466, 0.4578275, 0.40821073]) / [0.26862954, 0.26130258, 0.27577711]
+    assert whole.shape == (1, 3, 112, 112)
+    np.testing.assert_allclose(whole[0].permute(1, 2, 0).numpy(), expected, atol=1e-6)
+
+
+def test_high_resolution_parts_are_the_crops_row_by_row_and_then_the_whole():
+    parts = pixels(jpeg(1), image_size=56, ratio=2)
+    whole = pixels(jpeg(1), image_size=112, ratio=1)[0]
+    assert parts.shape == (5, 3, 56, 56)
+    corners = [whole[:, :56, :56], whole[:, :56, 56:], whole[:, 56:, :56], whole[:, 56:, 56:]]
+    assert all(torch.equal(part, corner) for part, corner in zip(parts[:4], corners, strict=True))
+    pooled = torch.nn.functional.avg_pool2d(whole, 2)
+    assert (parts[4] - pooled).abs().max() < 0.5
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("size", [(64, 200), (300, 40)])
+def test_a_picture_of_any_size_is_squashed_to_the_square(kind, size):
+    assert pixels(jpeg(1, size, kind), image_size=112, ratio=1).shape == (1, 3, 112, 112)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
+def test_pictures_of_other_colours_are_read(mode):
+    target = io.BytesIO()
+    picture(1).convert(mode).save(target, "JPEG" if mode in ("L", "CMYK") else "PNG")
+    assert pixels(target.getvalue(), image_size=112, ratio=1).shape == (1, 3, 112, 112)
+
+
+@pytest.mark.parametrize(
+    "broken", [b"", b"no picture", jpeg(1)[:400], jpeg(1, kind="GIF"), b"\xff\xd8\xff" + bytes(100)], ids=range(5)
+)
+def test_bytes_that_are_no_whole_picture_are_refused(broken):
+    with pytest.raises(BadPicture):
+        pixels(broken, image_size=112, ratio=1)
+
+
+def test_a_small_file_of_a_giant_picture_is_refused_before_it_is_unpacked():
+    target = io.BytesIO()
+    Image.new("1", (9000, 9000)).save(target, "PNG")
+    with pytest.raises(BadPicture, match="9000 x 9000"):
+        pixels(target.getvalue(), image_size=112, ratio=1)
+
+
+def test_the_encoder_gives_what_the_model_gives(folder, encoder):
+    model = LlavaMini.from_pretrained(folder)
+    keyframes = [jpeg(seed) for seed in range(6)]
+    pictures = torch.stack([pixels(one, image_size=112, ratio=1) for one in keyframes])
+    tokens, vectors = encoder.encode(keyframes)
+    assert (tokens.shape, tokens.dtype, vectors.shape) == ((6, 1, 128), np.float32, (6, 48))
+    np.testing.assert_allclose(tokens, model.encode_frames(pictures).numpy(), atol=1e-5)
+    prompt = [5, -200, 9, 10]
+    expected = model.fuse_text(torch.tensor(prompt), pictures).sum(dim=0)
+    np.testing.assert_allclose(encoder.fuse_text(prompt, keyframes), expected.numpy(), atol=1e-4)
+
+
+def test_bfloat16_tokens_travel_as_their_bits(folder):
+    half = load(folder, "bfloat16")
+    tokens, _ = half.encode([jpeg(1)])
+    assert tokens.dtype == half.format.numpy_dtype == np.uint16
+    model = LlavaMini.from_pretrained(folder, dtype="bfloat16")
+    expected = model.encode_frames(pixels(jpeg(1), image_size=112, ratio=1)[None])
+    assert torch.equal(torch.from_numpy(tokens.view(np.int16)).view(torch.bfloat16), expected)
+
+
+def test_the_format_names_the_model(folder, encoder):
+    facts = encoder.describe()
+    assert facts.untrained
+    assert facts.searches_text
+    assert facts.input_size_px == encoder.input_size_px == 112
+    assert facts.format.fingerprint == LlavaMini.from_pretrained(folder, part="llm").fingerprint
+    assert (facts.format.tokens_per_frame, facts.format.width, facts.format.vector_width) == (1, 128, 48)
+
+
+def test_pictures_and_text_share_one_space(encoder):
+    texts, pictures = (
+        encoder.embed_text(["a red car", "a dog"]),
+        encoder.embed_image([jpeg(1), jpeg(2, (50, 90), "PNG")]),
+    )
+    assert texts.shape == pictures.shape == (2, 48)
+    np.testing.assert_allclose(np.linalg.norm(np.concatenate((texts, pictures)), axis=1), 1, atol=1e-6)
+    np.testing.assert_allclose(pictures[0], encoder.encode([jpeg(1)])[1][0], atol=1e-6)
+
+
+def test_text_vectors_are_those_of_the_whole_clip_model(folder, encoder):
+    from transformers import AutoTokenizer, CLIPModel
+
+    clip, tokenizer = CLIPModel.from_pretrained(folder / "clip"), AutoTokenizer.from_pretrained(folder / "clip")
+    with torch.no_grad():
+        expected = clip.get_text_features(**tokenizer(["a red car"], return_tensors="pt")).pooler_output
+        seen = clip.get_image_features(pixels(jpeg(1), image_size=112, ratio=1)).pooler_output
+    normal = torch.nn.functional.normalize
+    np.testing.assert_allclose(encoder.embed_text(["a red car"]), normal(expected).numpy(), atol=1e-5)
+    np.testing.assert_allclose(encoder.embed_image([jpeg(1)]), normal(seen).numpy(), atol=1e-5)
+
+
+def test_nothing_of_a_long_text_is_cut_off(encoder):
+    long = "a red car " * 60
+    vector = encoder.embed_text([long])
+    np.testing.assert_allclose(np.linalg.norm(vector), 1, atol=1e-6)
+    assert np.abs(vector - encoder.embed_text([long + "and at last a dog"])).max() > 1e-4
+    assert encoder.embed_text([""]).shape == (1, 48)
+    assert encoder.embed_text([]).shape == encoder.embed_image([]).shape == (0, 48)
+
+
+def test_a_checkpoint_without_a_text_half_says_what_to_do(tmp_path):
+    encoder = load(make_checkpoint.write(tmp_path, 1, 1))
+    with pytest.raises(SearchUnavailable, match="the whole CLIP model"):
+        encoder.embed_text(["a dog"])
+    assert not encoder.describe().searches_text
+    assert encoder.embed_image([jpeg(1)]).shape == (1, 1024)
+
+
+@pytest.mark.parametrize("bad", [{"device": "tpu"}, {"max_batch_frames": 0}, {"threads": 0}, {"unknown": 1}], ids=str)
+def test_settings_that_make_no_sense_are_refused(bad):
+    with pytest.raises(ValidationError, match=next(iter(bad))):
+        CompressorSettings(**bad)
+
+
+async def test_frames_of_many_sources_are_kept_as_encoded_alone(redis, encoder, writer, timeline, keyframes):
+    sources = [f"str_{number:012x}" for number in range(3)]
+    epochs = {source: await lease(redis, source) for source in sources}
+    requests = [[frame(source, slot, epochs[source]) for slot in (60, 61, 125)] for source in sources]
+    assert await writer.put(requests) == [Receipt()] * 3
+    for source in sources:
+        slots = await timeline.slots(source, 0, 1000)
+        assert slots.tolist() == [60, 61, 125]
+        alone = [encoder.encode([jpeg(slot)]) for slot in slots]
+        np.testing.assert_allclose(await timeline.read(source, slots), [one[0][0] for one in alone], atol=1e-5)
+        np.testing.assert_allclose(await timeline.vectors(source, slots), [one[1][0] for one in alone], atol=1e-3)
+        assert (await timeline.times(source, slots)).tolist() == [60_000, 61_000, 125_000]
+        assert await keyframes.get_many(source, slots.tolist()) == [jpeg(slot) for slot in slots]
+
+
+async def test_frames_of_a_replaced_owner_are_reported_lost_to_it_alone(redis, writer, timeline):
+    old = await lease(redis, "str_a")
+    await Leases(redis).revoke("str_a")
+    new, other = await lease(redis, "str_a"), await lease(redis, "str_b")
+    assert new > old
+    requests = [[frame("str_a", 1, old), frame("str_b", 1, other)], [frame("str_a", 2, new)], []]
+    assert await writer.put(requests) == [Receipt(lost=frozenset({"str_a"})), Receipt(), Receipt()]
+    assert (await timeline.slots("str_a", 0, 9)).tolist() == [2]
+    assert (await timeline.slots("str_b", 0, 9)).tolist() == [1]
+    assert await writer.put([[frame("str_a", 3, old)]]) == [Receipt(lost=frozenset({"str_a"}))]
+    assert (await timeline.slots("str_a", 0, 9)).tolist() == [2]
+
+
+async def test_a_broken_keyframe_does_not_fail_the_others(redis, writer, timeline, keyframes, caplog):
+    epoch = await lease(redis, "str_c")
+    frames = [frame("str_c", 1, epoch), frame("str_c", 2, epoch, b"broken"), frame("str_c", 3, epoch)]
+    with caplog.at_level(logging.WARNING):
+        assert await writer.put([frames]) == [Receipt()]
+    assert (await timeline.slots("str_c", 0, 9)).tolist() == [1, 3]
+    assert "str_c slot 2: keyframe dropped" in caplog.text
+    with pytest.raises(FrameNotKept):
+        await keyframes.get("str_c", 2)
+    assert await writer.put([[frame("str_c", 4, epoch, b"broken")]]) == [Receipt()]
+
+
+async def test_text_fused_from_the_store_equals_text_fused_from_the_pictures(redis, encoder, writer):
+    epochs = {source: await lease(redis, source) for source in ("str_d", "str_e")}
+    await writer.put([[frame("str_d", slot, epochs["str_d"]) for slot in range(6)]])
+    await writer.put([[frame("str_e", slot, epochs["str_e"]) for slot in range(3)]])
+    prompt = [5, 6, -200, 9, 10, 11]
+    fused = await writer.fuse_text(prompt, [("str_d", [0, 1, 2, 3, 5]), ("str_e", [2])])
+    expected = encoder.fuse_text(prompt, [jpeg(slot) for slot in (0, 1, 2, 3, 5, 2)])
+    np.testing.assert_allclose(fused, expected, atol=1e-4)
+    with pytest.raises(FrameNotKept):
+        await writer.fuse_text(prompt, [("str_d", [0, 77])])
+
+
+async def test_many_callers_at_once_get_their_own_results(redis, encoder, writer):
+    epoch = await lease(redis, "str_f")
+    *receipts, texts, fused_once = await asyncio.gather(
+        *(writer.put([[frame("str_f", slot, epoch)]]) for slot in range(8)),
+        writer.embed_text(["a red car"]),
+        writer.embed_image([jpeg(3)]),
+    )
+    assert receipts == [[Receipt()]] * 8
+    np.testing.assert_allclose(texts, encoder.embed_text(["a red car"]), atol=1e-6)
+    np.testing.assert_allclose(fused_once, encoder.embed_image([jpeg(3)]), atol=1e-6)
+    writer.check_health()
