@@ -39,7 +39,7 @@ def test_the_values_of_the_config_map_are_valid_settings(monkeypatch):
         monkeypatch.setenv(name, value)
     settings = Settings()
     assert settings.store.data_dir == Path("/data")
-    assert settings.compressor.checkpoint == settings.qa.checkpoint
+    assert (settings.compressor.device, settings.qa.device) == ("cuda", "cuda")
 
 
 def test_the_values_of_compose_are_valid_settings(monkeypatch):
