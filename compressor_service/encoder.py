@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -9,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compressor_service import preprocess
-from compressor_service.llava_mini.checkpoint import Checkpoint, open_checkpoint
+from compressor_service.llava_mini.checkpoint import Checkpoint, Dtype, open_checkpoint
 from compressor_service.llava_mini.model import LlavaMini
 from compressor_service.llava_mini.search_text import SearchText
 from compressor_service.settings import CompressorSettings
@@ -42,22 +43,22 @@ class Encoder:
         self._text = text
 
     @classmethod
-    def load(cls, checkpoint: str | Path, dtype: Dtype, settings: CompressorSettings) -> "Encoder":
-        """Load the looking half of the checkpoint. Raises BadCheckpoint."""
+    def load(cls, path_or_hub_name: str | Path, dtype: Dtype, settings: CompressorSettings) -> "Encoder":
+        """Load the looking half of a checkpoint. Raises BadCheckpoint."""
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         model = LlavaMini.from_pretrained(
-            settings.checkpoint,
-            dtype=settings.dtype,
+            path_or_hub_name,
+            dtype=dtype,
             device=settings.device,
             part="compressor",
             frames_per_pass=settings.max_batch_frames,
         )
-        checkpoint = open_checkpoint(settings.checkpoint)
+        checkpoint = open_checkpoint(path_or_hub_name)
         text = None
         if checkpoint.clip is not None and checkpoint.clip.reads_text:
             text = SearchText(checkpoint.clip, dtype=model.dtype, device=model.device)
-        return cls(model, name=checkpoint.name, format=_format(model, checkpoint, settings), text=text)
+        return cls(model, name=checkpoint.name, format=_format(model, checkpoint, dtype), text=text)
 
     @property
     def input_size_px(self) -> int:
@@ -114,10 +115,10 @@ class Encoder:
         return self.encode(pictures)[1]
 
 
-def _format(model: LlavaMini, checkpoint: Checkpoint, settings: CompressorSettings) -> TokenFormat:
+def _format(model: LlavaMini, checkpoint: Checkpoint, dtype: Dtype) -> TokenFormat:
     return TokenFormat(
         fingerprint=model.fingerprint,
-        dtype=settings.dtype,
+        dtype=dtype,
         tokens_per_frame=model.config.tokens_per_frame,
         width=model.config.width,
         vector_width=checkpoint.vector_width,

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from ray import serve
 
 from compressor_service.encoder import Encoder, ModelFacts
+from compressor_service.llava_mini.checkpoint import Dtype
 from compressor_service.settings import CompressorSettings
 from compressor_service.writer import FrameWriter
 from ingest.frame import Frame, Receipt
@@ -23,8 +24,10 @@ def _frames_in(requests: Sequence[Sequence[Frame]]) -> int:
 class CompressorService:
     """Looks at frames and remembers them; looks again when a question asks for it."""
 
-    def __init__(self, settings: CompressorSettings, redis_url: str, segments_url: str) -> None:
-        self._encoder = Encoder.load(settings)
+    def __init__(
+        self, checkpoint: str, dtype: Dtype, settings: CompressorSettings, redis_url: str, segments_url: str
+    ) -> None:
+        self._encoder = Encoder.load(checkpoint, dtype, settings)
         self._max_batch_frames = settings.max_batch_frames
         self._writer = FrameWriter(
             self._encoder,

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from deploy.settings import Settings
 
-logger = logging.getLogger(__name__)
+EMBEDDED_MODEL = "untrained-model"
+EMBEDDED_MODEL_DTYPE = "float32"  # a small model is quickest so on a CPU, and its tokens need little room anyway
 
 
 class CannotServe(RuntimeError):
@@ -50,6 +51,21 @@ def free_port(host: str, port: int) -> int:
         return int(probe.getsockname()[1])
 
 
+def with_embedded_model(settings: Settings) -> Settings:
+    """Name the small embedded model if no other is named; it is written to the data folder."""
+    if settings.model.checkpoint is not None:
+        return settings
+    from compressor_service.untrained import write_untrained_checkpoint
+
+    folder = settings.store.data_dir.resolve() / EMBEDDED_MODEL
+    if not folder.exists():
+        write_untrained_checkpoint(folder)
+    model = settings.model.model_copy(
+        update={"checkpoint": str(folder), "dtype": settings.model.dtype or EMBEDDED_MODEL_DTYPE}
+    )
+    return settings.model_copy(update={"model": model})
+
+
 def with_local_defaults(settings: Settings, redis_url: str) -> Settings:
     """Fill in what is known only on this machine: absolute folders and the address of its own Redis."""
     store = settings.store.model_copy(update={"data_dir": settings.store.data_dir.resolve(), "redis_url": redis_url})
@@ -75,7 +91,7 @@ def serving(settings: Settings) -> Iterator[str]:
         if redis_url is None:
             settings.store.data_dir.mkdir(parents=True, exist_ok=True)
             redis_url = stack.enter_context(EmbeddedRedis.start(settings.store.data_dir)).url
-        settings = with_local_defaults(settings, redis_url)
+        settings = with_embedded_model(with_local_defaults(settings, redis_url))
         stack.enter_context(_ray(settings))
         yield f"http://{_shown_host(settings.serve.host)}:{settings.serve.port}"
 
@@ -114,7 +130,7 @@ def _ray(settings: Settings) -> Iterator[None]:
         serve.run(build(settings), name=APPLICATION, route_prefix="/")
         yield
     finally:
-        serve.shutdown()
+        serve.shutdown()  # type: ignore[no-untyped-call]
         ray.shutdown()
 
 

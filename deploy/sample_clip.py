@@ -5,6 +5,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+import numpy as np
 from PIL import Image, ImageDraw
 
 WIDTH, HEIGHT, RATE = 640, 360, 10
@@ -34,15 +35,15 @@ def _picture(time_s: float) -> Image.Image:
     if 16 <= time_s < 28:
         _mover(draw, WIDTH - (time_s - 16) / 12 * (WIDTH + 160), 276, (150, 42), "#f4f4f4")
     if time_s >= 30:
-        x = (time_s - 30) * 24
-        draw.ellipse((x, 296, x + 14, 310), fill="#e0ac69")
-        draw.rectangle((x + 1, 310, x + 13, 342), fill="#1d3557")
+        left = (time_s - 30) * 24
+        draw.ellipse((left, 296, left + 14, 310), fill="#e0ac69")
+        draw.rectangle((left + 1, 310, left + 13, 342), fill="#1d3557")
     return picture
 
 
 def _pictures(seconds: int) -> Iterator[av.VideoFrame]:
     for index in range(seconds * RATE):
-        frame = av.VideoFrame.from_image(_picture(index / RATE))
+        frame = av.VideoFrame.from_ndarray(np.asarray(_picture(index / RATE)), format="rgb24")
         frame.pts, frame.time_base = index, Fraction(1, RATE)
         yield frame
 

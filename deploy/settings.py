@@ -8,7 +8,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, SecretStr, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    SecretStr,
+    model_validator,
+)
 from pydantic_core import PydanticUndefined
 from pydantic_settings import (
     BaseSettings,
@@ -17,7 +26,7 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
-from compressor_service.settings import CompressorSettings
+from compressor_service.settings import CompressorSettings, ModelSettings
 from ingest.settings import IngestSettings
 from qa_service.settings import ApiSettings, QASettings
 from store.settings import StoreSettings
@@ -58,7 +67,9 @@ class LoadScaling(Scaling):
 class IngestScaling(Scaling):
     """Scaling by the number of cameras and files to be read."""
 
-    target_sources: PositiveInt = Field(default=25, description="Cameras and files a replica that the autoscaler aims at.")
+    target_sources: PositiveInt = Field(
+        default=25, description="Cameras and files a replica that the autoscaler aims at."
+    )
 
 
 class ServeSettings(BaseModel):
@@ -73,7 +84,9 @@ class ServeSettings(BaseModel):
         default=256, description="Calls that wait for a deployment before it answers `queue_full`."
     )
     max_ongoing_requests: PositiveInt = Field(default=64, description="Calls that a replica works on at once.")
-    graceful_shutdown_s: PositiveFloat = Field(default=20, description="Time a stopping replica has to finish its work.")
+    graceful_shutdown_s: PositiveFloat = Field(
+        default=20, description="Time a stopping replica has to finish its work."
+    )
 
     api: LoadScaling = LoadScaling(target_ongoing_requests=32)
     ingest: IngestScaling = IngestScaling()
@@ -92,6 +105,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=PREFIX, env_nested_delimiter="__", frozen=True, extra="forbid")
 
     store: StoreSettings = Field(default_factory=StoreSettings)
+    model: ModelSettings = Field(default_factory=ModelSettings)
     ingest: IngestSettings = Field(default_factory=IngestSettings)
     compressor: CompressorSettings = Field(default_factory=CompressorSettings)
     qa: QASettings = Field(default_factory=QASettings)

@@ -139,7 +139,7 @@ class Answerer:
         if timeline.format.fingerprint != model.fingerprint:
             raise ValueError(
                 "the timeline holds tokens of another model: compressor and language model need the same checkpoint "
-                "and dtype (TOKENLINE_COMPRESSOR__CHECKPOINT and TOKENLINE_QA__CHECKPOINT, likewise __DTYPE)"
+                "and dtype (TOKENLINE_MODEL__CHECKPOINT, TOKENLINE_MODEL__DTYPE)"
             )
         self._model = model
         self._prompt = prompt

@@ -12,15 +12,13 @@ class QASettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    checkpoint: str = Field(
-        default="ICTNLP/llava-mini-llama-3.1-8b",
-        description="Hub name or local folder of the language model's checkpoint.",
-    )
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        default="bfloat16", description="Number format of the language model; that of the compressor."
-    )
     device: str = Field(
-        default="auto", description="Device of the language model: cpu, cuda, cuda:1; auto is cuda where there is one."
+        default="auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        description="auto (cuda when there is one), cpu, cuda or cuda:N, for the language model.",
+    )
+    load_in_8bit: bool = Field(
+        default=False, description="Hold the language model in 8 bits: half the memory. Needs the extra `quantized`."
     )
     system_text: str | None = Field(
         default=None,

@@ -29,9 +29,6 @@ class StoreSettings(BaseModel):
         description="Fernet key that camera passwords are encrypted with: 32 bytes, url-safe base64. "
         "Without one a key is generated once and kept in the data folder.",
     )
-    lease_ttl_s: PositiveFloat = Field(
-        default=10.0, description="A source whose owner was silent for so long is given to another, in seconds."
-    )
     janitor_interval_s: PositiveFloat = Field(
         default=60.0, description="Seconds between two sweeps of retention and purge."
     )

@@ -1,5 +1,6 @@
 """The REST surface over real parts in this process: a real Redis, the small untrained model, real keyframes."""
 
+import asyncio
 import io
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -60,11 +61,16 @@ class Compressor:
     def __init__(self, writer: FrameWriter) -> None:
         self._writer = writer
         self.fused: list[Sequence[tuple[str, Sequence[int]]]] = []
+        self.entered = asyncio.Event()
+        self.gate = asyncio.Event()  # a test may close it to hold fusion up
+        self.gate.set()
 
     async def fuse_text(
         self, input_ids: Sequence[int], frames: Sequence[tuple[str, Sequence[int]]]
     ) -> NDArray[np.float32]:
         self.fused.append(frames)
+        self.entered.set()
+        await self.gate.wait()
         return await self._writer.fuse_text(input_ids, frames)
 
     async def embed_text(self, texts: Sequence[str]) -> NDArray[np.float32]:
@@ -165,7 +171,7 @@ async def open_parts(
         model, prompt, timeline, sources, compressor, compressor, moments, qa, model_name="small", now=lambda: now
     )
     reader = RangeReader(timeline, sources, live_lag_s=qa.live_lag_s, now=lambda: now)
-    policy = AddressPolicy(())
+    policy = AddressPolicy(("203.0.113.0/24",))
 
     async def camera(url: str) -> None:
         try:
@@ -242,7 +248,7 @@ async def open_parts(
 
 @cache
 def load_encoder(checkpoint: Path) -> Encoder:
-    return Encoder.load(CompressorSettings(checkpoint=str(checkpoint), dtype="float32", device="cpu"))
+    return Encoder.load(checkpoint, "float32", CompressorSettings(device="cpu"))
 
 
 @cache

@@ -1,0 +1,347 @@
+"""The Serve application: every deployment, and what each is made of. The only module that knows all of them."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from fastapi import FastAPI
+from numpy.typing import NDArray
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import AutoscalingConfig
+
+from compressor_service.llava_mini import LlavaMini
+from compressor_service.llava_mini.checkpoint import Dtype
+from compressor_service.llava_mini.prompt import SYSTEM_TEXT, Prompt
+from compressor_service.service import CompressorService
+from deploy.desk import StoreDesk
+from deploy.remote import Handle, RemoteCompressor, RemoteMoments, RemoteQuestions, plain_errors
+from deploy.settings import IngestScaling, LoadScaling, Scaling, ServeSettings, Settings
+from ingest.address import AddressPolicy, check_camera_url, check_download_url
+from ingest.address import BadUrl as BadAddress
+from ingest.archive import UnsupportedMedia as NoVideo
+from ingest.archive import probe
+from qa_service.answerer import Answerer
+from qa_service.api import Services, build_api
+from qa_service.control import SourceControl
+from qa_service.coverage import RangeReader
+from qa_service.errors import BadUrl, UnsupportedMedia
+from qa_service.finder import Finder
+from qa_service.health import Readiness
+from qa_service.keys import RateLimit
+from qa_service.metrics import Metrics
+from qa_service.schemas import AnswerEvent, ModelBody, Question
+from qa_service.viewer import Viewer
+from store.cipher import Cipher
+from store.connection import StoreRedis, StoreUnavailable, connect
+from store.counters import Counters
+from store.idempotency import Idempotency
+from store.janitor import Janitor
+from store.keyframes import Keyframes
+from store.leases import Leases
+from store.moments import Moment, Moments, Span
+from store.sources import Sources
+from store.timeline import Timeline
+
+APPLICATION = "tokenline"
+DTYPE: Dtype = "bfloat16"  # of the published weights
+HEALTH_PERIOD_S = 5
+UNTRAINED_NOTE = "The weights are untrained: the answers of this model carry no meaning."
+
+
+class NotConfigured(ValueError):
+    """A setting is missing that a cluster cannot do without."""
+
+
+def _redis(settings: Settings) -> StoreRedis:
+    if settings.store.redis_url is None:
+        raise NotConfigured(
+            "TOKENLINE_STORE__REDIS_URL is not set: the processes of a cluster need one Redis that all of them reach; "
+            "`tokenline run` starts its own"
+        )
+    return connect(settings.store.redis_url)
+
+
+def _sources(settings: Settings, redis: StoreRedis) -> Sources:
+    return Sources(redis, Cipher.open(settings.store.secret_key, settings.store.data_dir))
+
+
+def _checkpoint(settings: Settings) -> str:
+    if settings.model.checkpoint is None:
+        raise NotConfigured("TOKENLINE_MODEL__CHECKPOINT is not set: name a model that every node reaches")
+    return settings.model.checkpoint
+
+
+def _load_language(settings: Settings) -> tuple[LlavaMini, Prompt]:
+    checkpoint, qa = _checkpoint(settings), settings.qa
+    model = LlavaMini.from_pretrained(
+        checkpoint, settings.model.dtype or DTYPE, qa.device, part="llm", load_in_8bit=qa.load_in_8bit
+    )
+    system = SYSTEM_TEXT if qa.system_text is None else qa.system_text
+    return model, Prompt.from_pretrained(checkpoint, system=system, add_generation_prompt=qa.add_generation_prompt)
+
+
+# Serve awaits the constructors below, which no type checker expects of `__init__`.
+
+
+class Ingest:
+    """Reads cameras and files for as long as the replica lives; nobody calls it."""
+
+    async def __init__(self, settings: Settings, compressor: Handle) -> None:  # type: ignore[misc]
+        from ingest.service import IngestService
+
+        redis = _redis(settings)
+        sink = RemoteCompressor(compressor)
+        timeline = Timeline(redis, (await sink.facts()).format)
+        self._desk = StoreDesk(_sources(settings, redis), Leases(redis), timeline, settings.ingest.lease_s)
+        uploads = settings.store.uploads_dir
+        await asyncio.to_thread(uploads.mkdir, parents=True, exist_ok=True)
+        self._service = IngestService(settings.ingest, self._desk, sink, uploads)
+        await self._service.start()
+
+    async def ping(self) -> None:
+        """Return if the replica does its work."""
+        self.check_health()
+
+    def check_health(self) -> None:
+        self._service.check_health()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        try:
+            unowned = await self._desk.unowned()
+        except StoreUnavailable:
+            unowned = 0  # scaling waits for the store like everything else
+        return {"owned": float(self._service.stats()["owned"]), "unowned": float(unowned)}
+
+    async def __del__(self) -> None:
+        if hasattr(self, "_service"):
+            await self._service.stop()
+
+
+class Search:
+    """Holds the FAISS shards."""
+
+    async def __init__(self, settings: Settings, compressor: Handle) -> None:  # type: ignore[misc]
+        timeline = Timeline(_redis(settings), (await RemoteCompressor(compressor).facts()).format)
+        self._moments = Moments(timeline, settings.store)
+
+    async def search(
+        self,
+        vector: NDArray[np.float32],
+        spans: Sequence[Span],
+        *,
+        top_k: int,
+        min_score: float | None,
+        slots: Mapping[str, NDArray[np.int64]] | None,
+    ) -> list[Moment]:
+        return await self._moments.search(vector, spans, top_k=top_k, min_score=min_score, slots=slots)
+
+
+class QA:
+    """Holds the language model and answers."""
+
+    async def __init__(self, settings: Settings, compressor: Handle, search: Handle) -> None:  # type: ignore[misc]
+        redis, remote = _redis(settings), RemoteCompressor(compressor)
+        model, prompt = await asyncio.to_thread(_load_language, settings)
+        facts = await remote.facts()
+        self._answerer = Answerer(
+            model,
+            prompt,
+            Timeline(redis, facts.format),
+            _sources(settings, redis),
+            remote,
+            remote,
+            RemoteMoments(search),
+            settings.qa,
+            model_name=facts.name,
+        )
+        self._described = ModelBody(
+            id=facts.name,
+            created=int(time.time()),
+            owned_by="tokenline",
+            tokens_per_frame=facts.format.tokens_per_frame,
+            max_frames=self._answerer.max_frames(text_tokens=0, output_tokens=0),
+            fingerprint=facts.format.fingerprint,
+            untrained=facts.untrained,
+            note=UNTRAINED_NOTE if facts.untrained else None,
+        )
+
+    async def describe(self) -> ModelBody:
+        return self._described
+
+    async def ask(self, question: Question) -> AsyncGenerator[AnswerEvent, None]:
+        async for event in self._answerer.ask(question):
+            yield event
+
+    def __del__(self) -> None:
+        if hasattr(self, "_answerer"):
+            self._answerer.close()
+
+
+class Gateway:
+    """The REST surface."""
+
+    async def __init__(  # type: ignore[misc]
+        self, settings: Settings, compressor: Handle, search: Handle, qa: Handle, ingest: Handle, janitor: Handle
+    ) -> None:
+        redis, remote, questions = _redis(settings), RemoteCompressor(compressor), RemoteQuestions(qa)
+        sources, keyframes = _sources(settings, redis), Keyframes(settings.store.segments_root)
+        timeline = Timeline(redis, (await remote.facts()).format)
+        reader = RangeReader(timeline, sources, live_lag_s=settings.qa.live_lag_s)
+        counters = Counters(redis)
+        uploads = settings.store.uploads_dir
+        await asyncio.to_thread(uploads.mkdir, parents=True, exist_ok=True)
+        addresses = _Addresses(AddressPolicy(settings.ingest.allowed_networks))
+        self._settings = settings.api
+        self._services = Services(
+            control=SourceControl(
+                redis,
+                sources,
+                keyframes,
+                Idempotency(redis),
+                uploads=uploads,
+                max_upload_bytes=settings.api.max_upload_bytes,
+                check_camera_url=addresses.camera,
+                check_download_url=addresses.download,
+                probe=_duration_s,
+            ),
+            viewer=Viewer(reader, timeline, keyframes),
+            finder=Finder(reader, remote, RemoteMoments(search)),
+            questions=questions,
+            describe=questions.describe,
+            readiness=Readiness(_probes(redis, keyframes, compressor, questions, ingest), settings.api.probe_timeout_s),
+            metrics=Metrics(sources, counters),
+            counters=counters,
+            rate=None
+            if settings.api.requests_per_minute is None
+            else RateLimit(redis, settings.api.requests_per_minute),
+        )
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return build_api(self._services, self._settings)
+
+
+class Caretaker:
+    """Runs the janitor."""
+
+    def __init__(self, settings: Settings) -> None:
+        redis = _redis(settings)
+        janitor = Janitor(redis, _sources(settings, redis), Keyframes(settings.store.segments_root), settings.store)
+        self._task = asyncio.create_task(janitor.run())
+
+    def check_health(self) -> None:
+        if self._task.done():
+            raise RuntimeError("the janitor has ended")
+
+    async def __del__(self) -> None:
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+
+class _Addresses:
+    """The address check of ingest, in the errors of the REST surface."""
+
+    def __init__(self, policy: AddressPolicy) -> None:
+        self._policy = policy
+
+    async def camera(self, url: str) -> None:
+        try:
+            await check_camera_url(url, self._policy)
+        except BadAddress as error:
+            raise BadUrl(str(error), param="url") from None
+
+    async def download(self, url: str) -> None:
+        try:
+            await check_download_url(url, self._policy)
+        except BadAddress as error:
+            raise BadUrl(str(error), param="url") from None
+
+
+def _duration_s(path: Path) -> float | None:
+    try:
+        return probe(path).duration_s
+    except NoVideo as error:
+        raise UnsupportedMedia(str(error), param="file") from None
+
+
+def _probes(
+    redis: StoreRedis, keyframes: Keyframes, compressor: Handle, questions: RemoteQuestions, ingest: Handle
+) -> dict[str, Any]:
+    async def store_answers() -> None:
+        await redis.ping()
+
+    async def segments_take() -> None:
+        if not await keyframes.writable():
+            raise StoreUnavailable("keyframes cannot be written")
+
+    async def compressor_looks() -> None:
+        with plain_errors("compressor"):
+            await compressor.describe.remote()
+
+    async def model_answers() -> None:
+        await questions.ping()
+
+    async def ingest_reads() -> None:
+        with plain_errors("ingest"):
+            await ingest.ping.remote()
+
+    return {
+        "redis": store_answers,
+        "segments": segments_take,
+        "compressor": compressor_looks,
+        "qa": model_answers,
+        "ingest": ingest_reads,
+    }
+
+
+def _options(name: str, scaling: Scaling, serving: ServeSettings) -> dict[str, Any]:
+    """Return the options of one deployment: its share of a node, its replicas and how patient its callers are."""
+    options: dict[str, Any] = {
+        "name": name,
+        "ray_actor_options": {
+            "num_cpus": scaling.cpus,
+            "num_gpus": scaling.gpus,
+            "resources": dict(scaling.resources),
+        },
+        "max_ongoing_requests": serving.max_ongoing_requests,
+        "max_queued_requests": serving.max_queued_requests,
+        "graceful_shutdown_timeout_s": serving.graceful_shutdown_s,
+        "health_check_period_s": HEALTH_PERIOD_S,
+    }
+    if scaling.min_replicas == scaling.max_replicas:
+        return options | {"num_replicas": scaling.min_replicas}
+    bounds: dict[str, Any] = {"min_replicas": scaling.min_replicas, "max_replicas": scaling.max_replicas}
+    if isinstance(scaling, LoadScaling):
+        bounds |= {"target_ongoing_requests": scaling.target_ongoing_requests}
+    if isinstance(scaling, IngestScaling):
+        kwargs = {"target_sources": scaling.target_sources}
+        bounds |= {"policy": {"policy_function": "deploy.autoscaling:SourcesPolicy", "policy_kwargs": kwargs}}
+    return options | {"autoscaling_config": AutoscalingConfig.model_validate(bounds)}
+
+
+def build(settings: Settings) -> Application:
+    """Put the application together. Ray holds no state of it: all that must survive is in the store."""
+    serving = settings.serve
+    redis_url = settings.store.redis_url
+    if redis_url is None:
+        _redis(settings)
+
+    def deploy(kind: type, name: str, scaling: Scaling) -> Any:
+        return serve.deployment(kind, **_options(name, scaling, serving))
+
+    compressor = deploy(CompressorService, "compressor", serving.compressor).bind(
+        _checkpoint(settings),
+        settings.model.dtype or DTYPE,
+        settings.compressor,
+        redis_url,
+        settings.store.segments_root,
+    )
+    search = deploy(Search, "search", serving.search).bind(settings, compressor)
+    qa = deploy(QA, "qa", serving.qa).bind(settings, compressor, search)
+    ingest = deploy(Ingest, "ingest", serving.ingest).bind(settings, compressor)
+    janitor = deploy(Caretaker, "janitor", serving.janitor).bind(settings)
+    gateway = deploy(serve.ingress()(Gateway), "api", serving.api)
+    return gateway.bind(settings, compressor, search, qa, ingest, janitor)

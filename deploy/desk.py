@@ -1,0 +1,68 @@
+"""The desk that gives ingest its work, from the registry and the leases in the store."""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import PurePath
+
+from ingest.assignment import Archive, ArchiveReport, Assignment, Camera, CameraReport, Missing
+from store.leases import Leases
+from store.sources import Gap, Sources, Stream, StreamStatus, Video, VideoStatus
+from store.timeline import Timeline
+
+
+class StoreDesk:
+    """An AssignmentDesk over Redis. Raises StoreUnavailable, a ConnectionError."""
+
+    def __init__(self, sources: Sources, leases: Leases, timeline: Timeline, lease_s: float) -> None:
+        self._sources = sources
+        self._leases = leases
+        self._timeline = timeline
+        self._lease_s = lease_s
+
+    async def unowned(self) -> int:
+        """Return how many sources wait for an owner."""
+        return len(await self._leases.unowned(source.id for source in await self._sources.claimable()))
+
+    async def claim(self, owner: str, room: int) -> Sequence[Assignment]:
+        claimable = {source.id: source for source in await self._sources.claimable()}
+        # Another order for every owner: replicas that start together do not all race for the same sources.
+        ids = random.sample(list(claimable), len(claimable))
+        epochs = await self._leases.acquire_many(ids, owner, self._lease_s, limit=room)
+        return [await self._assignment(claimable[source_id], epoch) for source_id, epoch in epochs.items()]
+
+    async def renew(self, owner: str, held: Mapping[str, int]) -> frozenset[str]:
+        return await self._leases.renew(owner, held, self._lease_s)
+
+    async def release(self, owner: str, held: Mapping[str, int]) -> None:
+        await self._leases.release(owner, held)
+
+    async def report(self, source_id: str, epoch: int, report: CameraReport | ArchiveReport) -> None:
+        if isinstance(report, CameraReport):
+            await self._sources.set_status(source_id, epoch, StreamStatus.model_validate(asdict(report)))
+        else:
+            await self._sources.set_video_status(source_id, epoch, VideoStatus.model_validate(asdict(report)))
+
+    async def missing(self, source_id: str, epoch: int, missing: Sequence[Missing]) -> None:
+        gaps = [Gap(start_slot=run.start_slot, end_slot=run.end_slot, reason=run.reason) for run in missing]
+        await self._sources.add_gaps(source_id, epoch, gaps)
+
+    async def _assignment(self, source: Stream | Video, epoch: int) -> Assignment:
+        extent = await self._timeline.extent(source.id)
+        return Assignment(
+            source_id=source.id,
+            epoch=epoch,
+            fps=source.fps,
+            media=await self._camera(source) if isinstance(source, Stream) else _archive(source),
+            last_slot=None if extent is None else extent[1],
+        )
+
+    async def _camera(self, stream: Stream) -> Camera:
+        password = await self._sources.password(stream.id)
+        return Camera(url=stream.url, username=stream.username, password=password, transport=stream.transport)
+
+
+def _archive(video: Video) -> Archive:
+    if video.file is not None:
+        return Archive(path=PurePath(video.file).name)
+    return Archive(url=video.url)

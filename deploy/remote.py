@@ -1,0 +1,161 @@
+"""Deployments as their callers know them: the protocols of ingest and answering, behind Serve handles."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from compressor_service.encoder import ModelFacts
+from compressor_service.encoder import SearchUnavailable as NoTextHalf
+from compressor_service.preprocess import BadPicture
+from ingest.frame import Frame, Receipt, SinkUnavailable
+from qa_service.errors import ModelLoading, QueueFull, ScalingUp, SearchUnavailable, UnsupportedMedia
+from qa_service.schemas import AnswerEvent, ModelBody, Question
+from store.moments import Moment, Span
+
+Handle = DeploymentHandle[Any]
+LOADING_PATIENCE_S = 2.0
+
+
+@contextmanager
+def plain_errors(part: str) -> Iterator[None]:
+    """Raise what happened in a replica as it was raised there, and what happened to the replica by its name.
+
+    Raises QueueFull, ScalingUp and whatever the called method raises.
+    """
+    try:
+        yield
+    except BackPressureError:
+        raise QueueFull(
+            f"More requests than the {part} can serve in time are waiting; ask again in a moment."
+        ) from None
+    except RayTaskError as error:  # before RayActorError: its text is the remote traceback, its cause the error itself
+        raise error.cause from None
+    except (RayActorError, DeploymentUnavailableError, ReplicaUnavailableError):
+        raise ScalingUp(f"The {part} was lost and is being started again; ask again in a moment.") from None
+
+
+class RemoteCompressor:
+    """The compressor: a FrameSink for ingest, TextFusion and SearchSpace for answering."""
+
+    def __init__(self, handle: Handle) -> None:
+        self._handle = handle
+        self._facts: ModelFacts | None = None
+
+    async def facts(self) -> ModelFacts:
+        """Return what the model is; waits until it is loaded."""
+        if self._facts is None:
+            with plain_errors("compressor"):
+                self._facts = await self._handle.describe.remote()
+        return self._facts
+
+    async def input_size_px(self) -> int:
+        with _as_sink():
+            return (await self.facts()).input_size_px
+
+    async def put(self, frames: Sequence[Frame]) -> Receipt:
+        with _as_sink(), plain_errors("compressor"):
+            return await self._handle.put.remote(list(frames))
+
+    async def fuse_text(
+        self, input_ids: Sequence[int], frames: Sequence[tuple[str, Sequence[int]]]
+    ) -> NDArray[np.float32]:
+        return await self._retried("fuse_text", list(input_ids), list(frames))
+
+    async def embed_text(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        return await self._retried("embed_text", list(texts))
+
+    async def embed_image(self, pictures: Sequence[bytes]) -> NDArray[np.float32]:
+        return await self._retried("embed_image", list(pictures))
+
+    async def _retried(self, method: str, *arguments: object) -> NDArray[np.float32]:
+        """Call once more when the replica died: these calls change nothing."""
+        call = getattr(self._handle, method)
+        try:
+            with plain_errors("compressor"):
+                return await _named(call.remote(*arguments))
+        except ScalingUp:
+            with plain_errors("compressor"):
+                return await _named(call.remote(*arguments))
+
+
+async def _named(response: Any) -> NDArray[np.float32]:
+    """Await an embedding or a fusion, and tell its errors in the words of the REST surface."""
+    try:
+        with plain_errors("compressor"):
+            return await response
+    except NoTextHalf as error:
+        raise SearchUnavailable(str(error)) from None
+    except BadPicture as error:
+        raise UnsupportedMedia(str(error), param="image") from None
+
+
+@contextmanager
+def _as_sink() -> Iterator[None]:
+    """Tell ingest of everything that may pass by itself in the one way it knows: it sends the frames again."""
+    try:
+        yield
+    except (QueueFull, ScalingUp, ConnectionError) as error:
+        raise SinkUnavailable(str(error)) from None
+
+
+class RemoteMoments:
+    """The search deployment."""
+
+    def __init__(self, handle: Handle) -> None:
+        self._handle = handle
+
+    async def search(
+        self,
+        vector: NDArray[np.float32],
+        spans: Sequence[Span],
+        *,
+        top_k: int,
+        min_score: float | None = None,
+        slots: Mapping[str, NDArray[np.int64]] | None = None,
+    ) -> list[Moment]:
+        narrowed = None if slots is None else dict(slots)
+        with plain_errors("search"):
+            return await self._handle.search.remote(
+                vector, list(spans), top_k=top_k, min_score=min_score, slots=narrowed
+            )
+
+
+class RemoteQuestions:
+    """The answering deployment."""
+
+    def __init__(self, handle: Handle) -> None:
+        self._handle = handle
+        self._model: ModelBody | None = None
+
+    async def describe(self) -> ModelBody:
+        """Return the facts of the model that answers. Raises ModelLoading while no replica has it in memory."""
+        if self._model is None:
+            with plain_errors("model"):
+                try:
+                    async with asyncio.timeout(LOADING_PATIENCE_S):
+                        self._model = await self._handle.describe.remote()
+                except TimeoutError:
+                    raise ModelLoading("The model is being loaded; ask again in a moment.", retry_after_s=5) from None
+        return self._model
+
+    async def ping(self) -> None:
+        """Return once a replica answers."""
+        with plain_errors("model"):
+            await self._handle.describe.remote()
+
+    async def ask(self, question: Question) -> AsyncGenerator[AnswerEvent, None]:
+        await self.describe()
+        with plain_errors("model"):
+            events: Any = self._handle.options(stream=True).ask.remote(question)
+            try:
+                async for event in events:
+                    yield event
+            finally:
+                events.cancel()
