@@ -382,6 +382,8 @@ def _add_errors(api: FastAPI) -> None:
 
 
 def _not_served(status: int) -> Reply:
+    if status == 400:
+        return Reply(400, "invalid_json", "The body cannot be read as JSON.")
     if status == 404:
         return Reply(404, "not_found", "There is nothing at this path; /docs lists what there is.")
     if status == 405:

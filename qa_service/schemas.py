@@ -51,8 +51,8 @@ VideoTime = Annotated[float, BeforeValidator(_video_seconds, json_schema_input_t
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 Label = Annotated[str, Field(max_length=200)]
 Labels = Annotated[dict[Annotated[str, Field(min_length=1, max_length=64)], Label], Field(max_length=32)]
-Fps = Annotated[float, Field(gt=0, le=30, description="Frames a second that are remembered.")]
-Url = Annotated[str, Field(min_length=1, max_length=2048)]
+Fps = Annotated[float, Field(gt=0, le=30, allow_inf_nan=False, description="Frames a second that are remembered.")]
+Url = Annotated[str, Field(min_length=1, max_length=2000)]
 
 
 class Body(BaseModel):
@@ -100,7 +100,7 @@ class ErrorBody(Body):
 
 
 class Retention(Body):
-    hours: Annotated[float, Field(gt=0, le=24 * 366 * 10)] = Field(
+    hours: Annotated[float, Field(gt=0, le=24 * 366 * 10, allow_inf_nan=False)] = Field(
         default=168, description="Hours that the memory of a stream is kept."
     )
 

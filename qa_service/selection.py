@@ -10,8 +10,8 @@ from qa_service.coverage import Reading
 
 def thinned(reading: Reading, stride: int) -> NDArray[np.int64]:
     """Return the first kept slot of every `stride` slots of the range, counted from its start."""
-    _, first = np.unique((reading.present - reading.start) // stride, return_index=True)
-    return reading.present[first]
+    stretches = (reading.present - reading.start) // stride
+    return reading.present[np.diff(stretches, prepend=-1) > 0]
 
 
 def expected(reading: Reading, stride: int) -> int:
@@ -22,20 +22,21 @@ def expected(reading: Reading, stride: int) -> int:
 def smallest_stride(readings: Sequence[Reading], max_frames: int) -> int:
     """Return the smallest stride with which the frames of all readings are at most `max_frames`.
 
-    With more sources than `max_frames` there is none, and the stride that leaves a frame a source is returned.
+    With more sources than `max_frames` there is none, and one that leaves a frame a source is returned.
     """
-    longest = max((reading.end - reading.start for reading in readings), default=1)
 
     def fits(stride: int) -> bool:
         return sum(len(thinned(reading, stride)) for reading in readings) <= max_frames
 
-    # Frames fall as the stride grows, all but for a few where strides cut a range unevenly: start at the bound below
-    # which nothing fits and go up.
-    kept = sum(len(reading.present) for reading in readings)
-    stride = max(1, -(-kept // max(max_frames, 1)))
-    while stride < longest and not fits(stride):
-        stride += 1
-    return stride
+    # Frames fall as the stride grows, but for a few where a stride cuts a range unevenly: the halving finds the
+    # neighbourhood, the walk after it the smallest one there.
+    low, high = 1, max(reading.end - reading.start for reading in readings) or 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle + 1, high)
+    while low > 1 and fits(low - 1):
+        low -= 1
+    return low
 
 
 def stratified(slots: NDArray[np.int64], count: int) -> NDArray[np.int64]:

@@ -7,6 +7,7 @@ from qa_service.errors import BadTimeRange, InvalidJson, ServiceError, Validatio
 from qa_service.schemas import BAD_TIME_RANGE, RANGE_TAGS
 
 MAX_ERRORS = 20
+MAX_PATH_CHARS = 200  # names of unknown fields come from the caller
 _PLACES = frozenset({"body", "query", "path", "header"})
 
 
@@ -31,4 +32,4 @@ def _path(places: Sequence[str | int]) -> str | None:
             written += f"[{place}]"
         elif place not in RANGE_TAGS:
             written += f".{place}"
-    return written.removeprefix(".") or None
+    return written.removeprefix(".")[:MAX_PATH_CHARS] or None

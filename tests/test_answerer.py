@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, LlamaConfig
 from compressor_service.llava_mini.prompt import Prompt
 from qa_service.answerer import Answerer
 from qa_service.clock import parse_stream_time
-from qa_service.errors import AnswerTimeout, QueueFull, RangeTooLong, SearchUnavailable, ValidationFailed
+from qa_service.errors import AnswerTimeout, EmptyAnswer, QueueFull, RangeTooLong, SearchUnavailable, ValidationFailed
 from qa_service.schemas import Answer, AnswerCitations, AnswerCreated, AnswerDelta, Question
 from qa_service.selection import stratified
 from qa_service.settings import QASettings
@@ -277,6 +277,15 @@ async def test_closing_the_events_stops_the_model_s_thread(parts):
     async with asyncio.timeout(20):  # 30,000 ids take minutes
         await asyncio.to_thread(one.close)
     assert one.asked == 0
+
+
+async def test_an_answer_without_a_word_is_an_error(parts):
+    stream, base = await parts.stream(range(3))
+    model, _ = whole_model(parts.checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(parts.checkpoint, config=LlamaConfig())
+    mute = Prompt(tokenizer, frozenset(range(model.config.vocabulary)))
+    with pytest.raises(EmptyAnswer, match="nothing to say"):
+        await answer(parts, asked(stream_range(stream, base, base + 3)), prompt=mute)
 
 
 async def test_a_queue_that_is_full_takes_no_question(parts):
