@@ -110,12 +110,13 @@ def _ray(settings: Settings) -> Iterator[None]:
 
     from deploy.app import APPLICATION, build
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     root = str(Path(__file__).parent.parent)
     ray.init(
         num_cpus=needed_cpus(settings),
         include_dashboard=False,
         log_to_driver=False,
-        logging_level=logging.WARNING,
+        logging_level=logging.ERROR,
         runtime_env={"env_vars": {"PYTHONPATH": root}},
     )
     try:
@@ -130,7 +131,8 @@ def _ray(settings: Settings) -> Iterator[None]:
         serve.run(build(settings), name=APPLICATION, route_prefix="/")
         yield
     finally:
-        serve.shutdown()  # type: ignore[no-untyped-call]
+        # Not serve.shutdown(): it kills its controller in the middle of its work, and Ray complains of it.
+        serve.delete(APPLICATION)
         ray.shutdown()
 
 
