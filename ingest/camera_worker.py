@@ -8,18 +8,19 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from threading import Event, Thread
 
-from ingest.address import BadUrl
+from ingest.address import BadUrl, public_url
 from ingest.assignment import Assignment, Camera, CameraReport, CameraState, Missing, MissingReason
 from ingest.backoff import Backoff, HourCount
 from ingest.camera import CameraAuthFailed, CameraFault, CameraPathNotFound, CameraSession, Picture
 from ingest.frame import Frame
 from ingest.keyframe import KeyframeMaker
-from ingest.sampler import Sampler, milliseconds
+from ingest.sampler import Sampler, milliseconds, slot_of
 from ingest.settings import IngestSettings
 
 logger = logging.getLogger(__name__)
 
 TROUBLE_S = 60.0  # how long shed frames and holes keep a camera `degraded`
+CLOCK_ERROR_S = 60.0  # how far ahead of ours the clock of a former owner may have been
 
 
 @dataclass(eq=False)
@@ -35,22 +36,21 @@ class CameraWorker:
     """Reads one camera until stopped, whatever the camera does.
 
     `take` and `settled` are the consumer's side: frames taken, and frames that became durable. The queue drops its
-    oldest frame when it is full. No slot is ever sent twice, across all connections. `stuck_threads` counts reading
-    threads that gave no sign of life and were replaced.
+    oldest frame when it is full. No slot is ever sent twice, across all connections.
     """
 
     def __init__(self, assignment: Assignment, settings: IngestSettings, size_px: int) -> None:
         assert isinstance(assignment.media, Camera)
         self.assignment = assignment
-        self.stuck_threads = 0
         self._camera = assignment.media
         self._settings = settings
         self._size_px = size_px
         self._lock = threading.Lock()
         self._reading = _Reading()
+        self._abandoned: list[_Reading] = []
         self._queue: deque[Frame] = deque()
         self._missing: list[Missing] = []
-        self._last_slot = assignment.last_slot
+        self._last_slot = _plausible(assignment)
         self._last_picture_at = 0.0
         self._last_frame_at: float | None = None
         self._lag_s: float | None = None
@@ -68,7 +68,14 @@ class CameraWorker:
         """Cameras have no end."""
         return False
 
+    @property
+    def stuck_threads(self) -> int:
+        """How many reading threads were given up and still have not come back out of FFmpeg."""
+        self._abandoned = [reading for reading in self._abandoned if reading.thread and reading.thread.is_alive()]
+        return len(self._abandoned)
+
     def start(self) -> None:
+        logger.info("%s reading %s", self.assignment.source_id, public_url(self._camera.url))
         self._start_reading()
 
     def stop(self) -> None:
@@ -125,7 +132,7 @@ class CameraWorker:
         if reading.halt.is_set() or monotonic - reading.beat_at < patience_s:
             return
         reading.halt.set()
-        self.stuck_threads += 1
+        self._abandoned.append(reading)
         logger.error("%s reading thread hangs: replaced by a new one", self.assignment.source_id)
         with self._lock:
             self._set("reconnecting", "the connection hung and was given up")
@@ -238,6 +245,15 @@ class CameraWorker:
         if state != self._state:
             self._since = time.time()
         self._state, self._reason = state, reason
+
+
+def _plausible(assignment: Assignment) -> int | None:
+    """Return the assignment's last slot, None if it lies in the future: a clock was wrong, nothing may wait for it."""
+    last, now = assignment.last_slot, slot_of(time.time() + CLOCK_ERROR_S, assignment.fps)
+    if last is not None and last > now:
+        logger.warning("%s last slot %d lies in the future and is ignored", assignment.source_id, last)
+        return None
+    return last
 
 
 def _hole(damaged_before: int | None, damaged_now: int) -> MissingReason | None:

@@ -48,7 +48,6 @@ class IngestService:
         self._size_px: int | None = None
         self._stopping = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
-        self._stuck_threads = 0
 
     async def start(self) -> None:
         """Begin to claim sources; returns at once."""
@@ -83,7 +82,7 @@ class IngestService:
         for task in self._tasks:
             if task.done() and not self._stopping.is_set():
                 raise IngestUnhealthy(f"the loop {task.get_name()} has ended")
-        stuck = self._stuck_threads + sum(worker.stuck_threads for worker in self._workers.values())
+        stuck = sum(worker.stuck_threads for worker in self._workers.values())
         if stuck >= MAX_STUCK_THREADS:
             raise IngestUnhealthy(f"{stuck} reading threads hang inside the video library")
 
@@ -137,7 +136,6 @@ class IngestService:
             if worker is None:
                 continue
             worker.stop()
-            self._stuck_threads += worker.stuck_threads
             self._unsent.pop(source_id, None)
             self._reported.pop(source_id, None)
             logger.info("%s is not ours any more", source_id)
