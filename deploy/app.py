@@ -221,7 +221,7 @@ class Gateway:
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self._services, self._settings)
+        return build_api(self._services, self._settings, behind_ray=True)
 
 
 class Caretaker:

@@ -72,8 +72,11 @@ class Services:
     rate: RateLimit | None = None
 
 
-def build_api(services: Services, settings: ApiSettings) -> FastAPI:
-    """Put the routes on an application. /docs loads its page's scripts from a CDN; /openapi.json needs nothing."""
+def build_api(services: Services, settings: ApiSettings, *, behind_ray: bool = False) -> FastAPI:
+    """Put the routes on an application. /docs loads its page's scripts from a CDN; /openapi.json needs nothing.
+
+    `behind_ray`: Ray Serve's proxy stands in front and writes X-Request-Id; it would stand there twice otherwise.
+    """
     api = FastAPI(
         title="Tokenline",
         version="1",
@@ -88,7 +91,13 @@ def build_api(services: Services, settings: ApiSettings) -> FastAPI:
     _add_questions(api, services, settings)
     _add_service(api, services)
     _add_errors(api)
-    api.add_middleware(Door, keyring=Keyring(settings.keys), rate=services.rate, max_body_bytes=settings.max_body_bytes)
+    api.add_middleware(
+        Door,
+        keyring=Keyring(settings.keys),
+        rate=services.rate,
+        max_body_bytes=settings.max_body_bytes,
+        behind_ray=behind_ray,
+    )
     return api
 
 

@@ -28,8 +28,11 @@ class Door:
     It stands outside of the routes, so that nobody without a key has a body read or a path told apart.
     """
 
-    def __init__(self, app: ASGIApp, keyring: Keyring, rate: RateLimit | None, max_body_bytes: int) -> None:
+    def __init__(
+        self, app: ASGIApp, keyring: Keyring, rate: RateLimit | None, max_body_bytes: int, *, behind_ray: bool
+    ) -> None:
         self._app = app
+        self._behind_ray = behind_ray
         self._keyring = keyring
         self._rate = rate
         self._max_body_bytes = max_body_bytes
@@ -39,8 +42,7 @@ class Door:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        given = headers.get("x-request-id", "")
-        request_id = given if _SANE_ID.fullmatch(given) else f"req_{uuid.uuid4().hex[:16]}"
+        request_id = self._request_id(headers.get("x-request-id", ""))
         scope.setdefault("state", {})["request_id"] = request_id
         started = False
 
@@ -48,7 +50,8 @@ class Door:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+                if not self._behind_ray:
+                    MutableHeaders(scope=message)["X-Request-Id"] = request_id
             await send(message)
 
         try:
@@ -64,6 +67,12 @@ class Door:
             if started:
                 raise
             await respond(tell(error, request_id))(scope, receive, send_with_id)
+
+    def _request_id(self, given: str) -> str:
+        # Ray Serve's proxy names every request, and puts the name that it or the caller chose on the response itself.
+        if _SANE_ID.fullmatch(given) or (self._behind_ray and given):
+            return given
+        return f"req_{uuid.uuid4().hex[:16]}"
 
     def _limited(self, headers: Headers, receive: Receive) -> Receive:
         """Count what is read of a body; uploads are counted where they are written."""

@@ -33,8 +33,8 @@ class EventStream(StreamingResponse):
         self._events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # From version 2.4 on Starlette trusts `send` to raise when the client is gone. Not every server does, Ray
-        # Serve's proxy among them: so the disconnect message is listened for, whatever the server says it can.
+        # From version 2.4 on Starlette trusts `send` to raise when the client is gone. Not every server does,
+        # so the disconnect message is listened for, whatever the server says it can.
         listening: Scope = {**scope, "asgi": {**scope.get("asgi", {}), "spec_version": "2.3"}}
         try:
             await super().__call__(listening, receive, send)

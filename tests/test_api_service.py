@@ -5,11 +5,15 @@ import hashlib
 import pickle
 import re
 
+import httpx
 import pytest
+from starlette.responses import JSONResponse
 
 from qa_service import errors
+from qa_service.door import Door
 from qa_service.errors import TABLE, ServiceError, tell
 from qa_service.health import Readiness
+from qa_service.keys import Keyring
 from qa_service.schemas import ErrorBody
 from qa_service.settings import ApiKey, ApiSettings
 from store.connection import EmbeddedRedis, connect
@@ -121,6 +125,17 @@ async def test_every_response_has_a_request_id_and_keeps_a_sane_one(client):
     assert kept.headers["x-request-id"] == kept.json()["error"]["request_id"] == "trace-1.2_3"
     for strange in ("a b", "x" * 65, "a;b"):
         assert (await client.get("/v1/streams", headers={"X-Request-Id": strange})).headers["x-request-id"] != strange
+
+
+async def test_behind_ray_the_request_keeps_the_id_that_its_proxy_writes():
+    async def app(scope, receive, send):
+        await JSONResponse({"id": scope["state"]["request_id"]})(scope, receive, send)
+
+    door = Door(app, Keyring(()), None, 1000, behind_ray=True)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(door), base_url="http://test") as client:
+        response = await client.get("/", headers={"X-Request-Id": "as the proxy says"})
+    assert response.json() == {"id": "as the proxy says"}
+    assert "x-request-id" not in response.headers
 
 
 async def test_unknown_paths_methods_and_bodies_are_errors_of_the_usual_shape(client):
