@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from compressor_service.llava_mini.checkpoint import describe, open_checkpoint
 from compressor_service.llava_mini.quantized import QuantizationUnavailable
 from compressor_service.untrained import write_untrained_checkpoint
 from tests.reference import make_checkpoint
+
+HAS_8BIT = find_spec("bitsandbytes") is not None
 
 
 @pytest.fixture
@@ -187,7 +190,7 @@ def test_a_tower_that_is_not_clip_is_refused(folder):
 def test_pickles_are_refused_with_the_reason_and_never_opened(folder, tmp_path):
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(_Bomb(tmp_path / "it-ran")))
-    with pytest.raises(BadCheckpoint, match=r"pickles \(\.bin\), which can run code"):
+    with pytest.raises(BadCheckpoint, match=r"only as pickles; pickles \(\.bin\) can run code"):
         LlavaMini.from_pretrained(folder)
     assert not (tmp_path / "it-ran").exists()
 
@@ -254,14 +257,20 @@ def test_a_damaged_file_is_named(folder):
         LlavaMini.from_pretrained(folder)
 
 
+@pytest.mark.skipif(HAS_8BIT, reason="bitsandbytes is installed here")
 def test_eight_bits_without_their_library_say_what_to_install(folder):
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        with pytest.raises(QuantizationUnavailable, match=r"pip install 'tokenline\[quantized\]'"):
-            LlavaMini.from_pretrained(folder, part="llm", load_in_8bit=True)
-    else:
-        pytest.skip("bitsandbytes is installed here")
+    with pytest.raises(QuantizationUnavailable, match=r"pip install 'tokenline\[quantized\]'"):
+        LlavaMini.from_pretrained(folder, part="llm", load_in_8bit=True)
+
+
+@pytest.mark.skipif(not HAS_8BIT, reason="needs bitsandbytes, the extra 'quantized'")
+def test_eight_bits_stay_close_and_leave_frame_tokens_alone(folder, expected):
+    exact, small = LlavaMini.from_pretrained(folder), LlavaMini.from_pretrained(folder, load_in_8bit=True)
+    rows = torch.randn(1, 20, 128, generator=torch.Generator().manual_seed(0))
+    likeness = torch.nn.functional.cosine_similarity(small.logits(rows), exact.logits(rows), dim=-1)
+    assert likeness.min() > 0.99
+    assert torch.equal(small.encode_frames(pictures()), expected)
+    assert small.fingerprint == exact.fingerprint
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a cuda device here")

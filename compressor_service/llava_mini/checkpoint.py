@@ -274,12 +274,10 @@ def _files_of_tensors(folder: Path) -> dict[str, Path]:
     if single.is_file():
         with _opened(single) as file:
             return dict.fromkeys(file.keys(), single)
+    reason = "pickles (.bin) can run code when opened and are never read: convert them to safetensors first"
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
-        raise BadCheckpoint(
-            f"{folder.name} has its weights only as pickles (.bin), which can run code when opened and are never read: "
-            "convert them to safetensors first"
-        )
-    raise BadCheckpoint(f"{folder.name} has no weights: neither model.safetensors nor model.safetensors.index.json")
+        raise BadCheckpoint(f"{folder.name} has its weights only as pickles; {reason}")
+    raise BadCheckpoint(f"{folder.name} has no weights: no model.safetensors and no index of its shards; {reason}")
 
 
 def _files_of_index(folder: Path, index: Mapping[str, Any]) -> dict[str, Path]:

@@ -116,8 +116,7 @@ class LlavaMini:
     @torch.inference_mode()
     def fuse_text(self, input_ids: Tensor, pixels: Tensor) -> Tensor:
         """Return the fused text (F, L, D) of prompt ids (L,) for every frame of pixels (F, parts, 3, H, W)."""
-        every = input_ids.expand(len(pixels), -1)
-        return torch.cat([text for _, text in self._fused(every, pixels)])
+        return torch.cat([text for _, text in self._fused(input_ids, pixels)])
 
     @torch.inference_mode()
     def inputs_embeds(self, input_ids: Tensor, pixels: Tensor) -> Tensor:
@@ -125,15 +124,7 @@ class LlavaMini:
 
         `input_ids` (B, L) holds the image placeholder once in every row; `pixels` is (B, T, parts, 3, H, W).
         """
-        frames = pixels.shape[1]
-        ids = input_ids.repeat_interleave(frames, dim=0)
-        fused = list(self._fused(ids, pixels.flatten(0, 1)))
-        batch = len(input_ids)
-        tokens = torch.cat([one for one, _ in fused]).reshape(batch, -1, self.config.width)  # (B, T*C2, D)
-        text = torch.cat([one for _, one in fused]).reshape(batch, frames, -1, self.config.width)
-        mean = text.float().mean(dim=1).to(self.dtype)
-        placed = [self.place_frames(*one) for one in zip(mean, input_ids, tokens, strict=True)]
-        return torch.stack([torch.cat(both) for both in placed])
+        return torch.stack([self._read(*one) for one in zip(input_ids, pixels, strict=True)])
 
     @torch.inference_mode()
     def embed_text(self, input_ids: Tensor) -> Tensor:
@@ -200,18 +191,26 @@ class LlavaMini:
         steps = self._need_language().steps(self._own(inputs_embeds), max_new_tokens=max_new_tokens, sampling=sampling)
         return _gather(steps, torch.tensor(sorted(stop_ids), dtype=torch.long), rows=len(inputs_embeds))
 
+    def _read(self, input_ids: Tensor, pixels: Tensor) -> Tensor:
+        """Return the rows of one prompt (L,) about the frames of pixels (T, parts, 3, H, W)."""
+        tokens = []
+        total = torch.zeros(len(input_ids), self.config.width, device=self.device)  # float32, whatever the model's
+        for frame_tokens, text in self._fused(input_ids, pixels):
+            tokens.append(frame_tokens.flatten(0, 1))
+            total += text.float().sum(dim=0)
+        mean = (total / len(pixels)).to(self.dtype)
+        return torch.cat(self.place_frames(mean, input_ids, torch.cat(tokens)))
+
     def _fused(self, input_ids: Tensor, pixels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield frame tokens (f, C2, D) and fused text (f, L, D), chunk by chunk; a frame has its row of ids (F, L)."""
+        """Yield frame tokens (f, C2, D) and fused text (f, L, D) of pixels (F, parts, 3, H, W), pass by pass."""
         eyes = self._need_eyes()
         visible = (input_ids > 0).to(self.device)
-        text = torch.stack([self.embed_text(row) for row in input_ids])
-        start = 0
+        plain = self.embed_text(input_ids)
         for chunk in self._chunks(pixels):
-            own = slice(start, start := start + len(chunk))
             seen = eyes.look(chunk).rows
-            rows = eyes.prefusion(seen, text[own], visible[own])
-            tokens, fused = rows[:, : seen.shape[1]][:, -self.config.tokens_per_frame :], rows[:, seen.shape[1] :]
-            yield tokens, torch.where(visible[own, :, None], fused, text[own])
+            rows = eyes.prefusion(seen, plain.expand(len(chunk), -1, -1), visible.expand(len(chunk), -1))
+            vision, fused = rows[:, : seen.shape[1]], rows[:, seen.shape[1] :]
+            yield vision[:, -self.config.tokens_per_frame :], torch.where(visible[:, None], fused, plain)
 
     def _chunks(self, pixels: Tensor) -> Iterator[Tensor]:
         size = self.config.image_size
