@@ -102,7 +102,7 @@ def connect(url: str) -> StoreRedis:
             socket_connect_timeout=5,
             socket_timeout=30,
             health_check_interval=30,
-            socket_read_size=1 << 18,
+            socket_read_size=1 << 20,
         )
     except ValueError:
         # The original message may quote a part of the password.

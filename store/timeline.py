@@ -20,6 +20,7 @@ from store.leases import lease_key
 
 BLOCKS_PER_READ = 8  # of full size; more at once makes Redis and the client hold more copies for no gain
 KEYS_PER_COMMAND = 1000  # small values, or blocks of one erase script
+_ALL_PRESENT = np.packbits(np.ones(BLOCK_SLOTS, np.bool_)).tobytes()
 
 
 class StaleEpoch(RuntimeError):
@@ -204,22 +205,36 @@ class Timeline:
         target = rows if ordered else np.empty((len(wanted), row_bytes), np.uint8)
         row = 0
         for pieces in _reads(wanted):
-            # One transaction: what is present and what is read cannot fall apart by an erasure in between.
-            async with self._redis.pipeline(transaction=True) as pipe:
-                blocks = sorted({piece.block for piece in pieces})
-                pipe.mget([keys.presence(block) for block in blocks])
-                for piece in pieces:
-                    key = keys.part(part, piece.block)
-                    pipe.getrange(key, piece.low * row_bytes, (piece.high + 1) * row_bytes - 1)
-                bits, *data = await pipe.execute()
-            present = dict(zip(blocks, bits, strict=True))
+            present, data = await self._fetch(keys, part, row_bytes, pieces)
             for piece, raw in zip(pieces, data, strict=True):
                 piece.require(source_id, present[piece.block])
-                read = np.frombuffer(raw, np.uint8).reshape(-1, row_bytes)
                 taken = len(piece.indices)
-                target[row : row + taken] = read if len(read) == taken else read[piece.indices - piece.low]
+                target[row : row + taken] = piece.cut(np.frombuffer(raw, np.uint8).reshape(-1, row_bytes))
                 row += taken
+            # Dropped before the next reply comes, all but `raw`: while it lives the allocator does not give the pages
+            # of this reply back, only to fault them in again (measured: half of the reading time).
+            del data
         return target if places is None else target[places]
+
+    async def _fetch(
+        self, keys: "_Keys", part: str, row_bytes: int, pieces: Sequence["_Piece"]
+    ) -> tuple[dict[int, Any], Sequence[Any]]:
+        """Return presence by block and the bytes of each piece, of one moment: no erasure can come in between."""
+        blocks = list(dict.fromkeys(piece.block for piece in pieces))
+        presence = [keys.presence(block) for block in blocks]
+        bits: Sequence[Any]
+        data: Sequence[Any]
+        if all(piece.whole for piece in pieces):  # one command, and the server's shortest way: 3 times as fast
+            found: Sequence[Any] = await self._redis.mget([*presence, *(keys.part(part, block) for block in blocks)])
+            bits, data = found[: len(blocks)], found[len(blocks) :]
+        else:
+            async with self._redis.pipeline(transaction=True) as pipe:
+                pipe.mget(presence)
+                for piece in pieces:
+                    low, high = piece.bounds
+                    pipe.getrange(keys.part(part, piece.block), low * row_bytes, (high + 1) * row_bytes - 1)
+                bits, *data = await pipe.execute()
+        return dict(zip(blocks, bits, strict=True)), data
 
 
 async def erase_tokens(redis: Redis, source_id: str, start: int | None = None, end: int | None = None) -> int:
@@ -292,20 +307,28 @@ class _Keys:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """A run of one block that is read at once: slots low..high of it, of which `indices` are wanted."""
+    """A run of one block that is read at once: all of it (`whole`) or from the first to the last of `indices`."""
 
     block: int
     indices: NDArray[np.int64]
+    whole: bool = False
 
     @property
-    def low(self) -> int:
-        return int(self.indices[0])
+    def bounds(self) -> tuple[int, int]:
+        """The first and the last slot of the block that are read."""
+        return (0, BLOCK_SLOTS - 1) if self.whole else (int(self.indices[0]), int(self.indices[-1]))
 
-    @property
-    def high(self) -> int:
-        return int(self.indices[-1])
+    def cut(self, rows: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Return the wanted ones of the rows that were read."""
+        first = int(self.indices[0]) - self.bounds[0]
+        count = int(self.indices[-1] - self.indices[0]) + 1
+        run = rows[first : first + count]
+        return run if count == len(self.indices) else run[self.indices - self.indices[0]]
 
     def require(self, source_id: str, bits: bytes | None) -> None:
+        """Raise FrameNotKept for the first wanted slot that is absent."""
+        if bits == _ALL_PRESENT:  # nearly always, and 180 times in a read of three hours
+            return
         present = np.isin(self.indices, _bit_positions(bits))
         if not present.all():
             absent = int(self.indices[np.argmin(present)])
@@ -313,21 +336,27 @@ class _Piece:
 
 
 def _reads(slots: NDArray[np.int64]) -> Iterator[list[_Piece]]:
-    """Group ascending slots into transactions of at most BLOCKS_PER_READ full blocks.
+    """Group ascending slots into requests of at most BLOCKS_PER_READ blocks' bytes.
 
-    Slots of a block that lie close together are read as one run, holes included; a wide stride reads slot by slot.
+    A block of which half is wanted is read whole; slots that lie close together are read as one run, holes included;
+    a wide stride is read slot by slot.
     """
-    blocks = slots // BLOCK_SLOTS
-    bounds = np.flatnonzero(np.diff(blocks)) + 1
+    bounds = np.flatnonzero(np.diff(slots // BLOCK_SLOTS)) + 1
     pieces: list[_Piece] = []
     size = 0
     for part in np.split(slots, bounds):
         block = int(part[0]) // BLOCK_SLOTS
         indices = part - block * BLOCK_SLOTS
-        whole = int(indices[-1] - indices[0]) + 1
-        dense = whole <= 2 * len(indices)
-        pieces += [_Piece(block, indices)] if dense else [_Piece(block, index) for index in indices[:, None]]
-        size += whole if dense else len(indices)
+        run = int(indices[-1] - indices[0]) + 1
+        if 2 * len(indices) >= BLOCK_SLOTS:
+            pieces.append(_Piece(block, indices, whole=True))
+            size += BLOCK_SLOTS
+        elif run <= 2 * len(indices):
+            pieces.append(_Piece(block, indices))
+            size += run
+        else:
+            pieces += [_Piece(block, index) for index in indices[:, None]]
+            size += len(indices)
         if size >= BLOCKS_PER_READ * BLOCK_SLOTS:
             yield pieces
             pieces, size = [], 0

@@ -1,6 +1,7 @@
 """The hot timeline on a real server."""
 
 import asyncio
+import pickle
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from store.connection import StoreRedis, connect
 from store.format import TokenFormat
 from store.leases import Leases
+from store.sources import BadCursor, StreamExists, StreamNotFound
 from store.timeline import Entry, FrameNotKept, StaleEpoch, Timeline, erase_tokens, has_tokens
 
 FORMAT = TokenFormat(fingerprint="0123456789abcdef", dtype="float16", tokens_per_frame=2, width=8, vector_width=4)
@@ -295,3 +297,10 @@ def test_the_timeline_equals_a_dictionary(redis_url, steps, base):
             assert times.tolist() == [model[slot].time_ms for slot in kept]
 
     asyncio.run(check())
+
+
+def test_errors_cross_process_borders_whole():
+    for error in (FrameNotKept("str_a", 7), StreamExists("str_a", "url"), StreamNotFound("str_a"), BadCursor("x")):
+        copy = pickle.loads(pickle.dumps(error))
+        assert (type(copy), str(copy)) == (type(error), str(error))
+        assert vars(copy) == vars(error)
