@@ -1,6 +1,7 @@
 """The janitor: erases what retention ends, what was purged and what belongs to nothing."""
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Iterable
@@ -61,7 +62,7 @@ class Janitor:
                     logger.exception("sweep failed; the next one tries again")
                 await asyncio.sleep(self._settings.janitor_interval_s)
         finally:
-            if held:
+            with contextlib.suppress(StoreUnavailable):  # then the lease runs out by itself
                 await self._leases.release(self._owner, held)
 
     async def sweep(self) -> SweepReport:

@@ -162,6 +162,8 @@ class Timeline:
 
     async def vectors(self, source_id: str, slots: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return the search vectors (T, P) of the slots, rounded to half precision; FrameNotKept."""
+        if self.format.vector_width == 0:
+            return np.empty((len(slots), 0), np.float32)
         flat = await self._rows(source_id, slots, "v", self.format.vector_bytes)
         return flat.view(VECTOR_DTYPE).reshape(len(flat), self.format.vector_width).astype(np.float32)
 

@@ -73,6 +73,7 @@ async def test_a_model_without_search_vectors_keeps_tokens_alone(redis, epoch):
     timeline = Timeline(redis, format)
     await timeline.append("str_a", epoch, [entry(7, format=format)])
     assert (await timeline.read("str_a", np.array([7]))).shape == (1, 2, 8)
+    assert (await timeline.vectors("str_a", np.array([7]))).shape == (1, 0)
     assert await timeline.erase("str_a", 7, 8) == 1
 
 
