@@ -221,6 +221,7 @@ class Answerer:
             citations, note = await watch.within(finding)
         finally:
             finding.cancel()
+            await asyncio.gather(finding, return_exceptions=True)
         yield AnswerCitations(citations=citations)
         yield Answer(
             id=created.id,
@@ -342,7 +343,8 @@ class Answerer:
         key = plan.head_key(plan.input_ids[: len(before)])
         head: Tensor | Prefix | None = self._prefixes.get(key)
         if head is None:
-            head = torch.cat((before, await self._frame_tokens(plan)))
+            tokens = [await self._timeline.read(one.reading.source.id, one.slots) for one in plan.used]
+            head = await asyncio.to_thread(_joined, before, tokens)  # a day of frames is too much for the event loop
         return Generation(
             key=key,
             head=head,
@@ -351,15 +353,6 @@ class Answerer:
             sampling=Sampling(temperature=question.temperature, top_p=question.top_p, seed=question.seed),
             stop_ids=self._prompt.stop_ids,
         )
-
-    async def _frame_tokens(self, plan: Plan) -> Tensor:
-        """Return the tokens (T*C2, D) of the plan's frames, from the timeline."""
-        parts = [
-            _as_tensor(await self._timeline.read(one.reading.source.id, one.slots), self._model.dtype)
-            for one in plan.used
-            if len(one.slots)
-        ]
-        return torch.cat(parts).flatten(0, 1).to(self._model.device)
 
     # What is told beside the answer
 
@@ -459,6 +452,11 @@ def _slots_by_source(used: Sequence[Used]) -> dict[str, NDArray[np.int64]]:
     return slots
 
 
-def _as_tensor(tokens: NDArray[Any], dtype: torch.dtype) -> Tensor:
-    """Take tokens (T, C2, D) as the store keeps them; numpy has no bfloat16, so it comes as its bits."""
+def _joined(before: Tensor, tokens: Sequence[NDArray[np.generic]]) -> Tensor:
+    """Put frame tokens (T, C2, D), as the store keeps them, behind rows (L, D) of text: (L + T*C2, D)."""
+    return torch.cat((before, *(_as_tensor(one, before.dtype).flatten(0, 1).to(before.device) for one in tokens)))
+
+
+def _as_tensor(tokens: NDArray[np.generic], dtype: torch.dtype) -> Tensor:
+    """Take tokens bit for bit; numpy has no bfloat16, so those come as their bits."""
     return torch.tensor(tokens.view(np.int16)).view(torch.bfloat16) if dtype == torch.bfloat16 else torch.tensor(tokens)

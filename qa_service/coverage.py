@@ -1,5 +1,6 @@
 """What is remembered of a time range, and why the rest is missing: the truth under every answer."""
 
+import math
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
@@ -98,7 +99,10 @@ class RangeReader:
         if wanted.end is not None:
             return source, start_s, wanted.end
         newest_s = (last + 1) / source.fps
-        end_s = self._now() if isinstance(source, Stream) else max(newest_s, source.duration_s or 0)
+        if isinstance(source, Stream):
+            end_s = self._now() - self._live_lag_s
+        else:
+            end_s = int((source.duration_s or 0) * source.fps) / source.fps
         # Beyond the last frame an open end must not turn the range around: it is empty, and said to be.
         return source, start_s, max(end_s, newest_s, start_s + 1 / source.fps)
 
@@ -128,6 +132,7 @@ class RangeReader:
         self, source: Source, start: int, end: int, present: NDArray[np.int64]
     ) -> tuple[int, str | None]:
         """Return where the expected part of [start, end) ends, and a note if that is early."""
+        note: str | None
         if isinstance(source, Stream):
             limit = clock.slot_at(self._now() - self._live_lag_s, source.fps)
             note = f"The range of {source.id} reaches beyond now; it was read up to {write_slot(source, limit)}."
@@ -138,6 +143,8 @@ class RangeReader:
                 # A last slot that the file fills only in part need not hold a picture.
                 limit = max(limit, int((source.duration_s or 0) * source.fps))
                 note = f"The range of {source.id} reaches beyond the video's end at {write_slot(source, limit)} s."
+                if end <= math.ceil((source.duration_s or 0) * source.fps):
+                    note = None
             else:
                 note = f"{source.id} is {source.status}: it is remembered up to {write_slot(source, limit)} s so far."
         # A frame that came early counts; a range beyond the limit is empty, not negative.

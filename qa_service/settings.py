@@ -42,7 +42,7 @@ class QASettings(BaseModel):
     max_output_tokens: PositiveInt = Field(default=1024, description="Most tokens that a request may ask for.")
     citations: NonNegativeInt = Field(default=5, description="Most citations of an answer.")
     prefix_cache_bytes: NonNegativeInt = Field(
-        default=1 << 30,
+        default=2 << 30,
         description="Memory for what the model keeps of timelines it has read, for follow-up questions.",
     )
     max_waiting: PositiveInt = Field(

@@ -19,6 +19,7 @@ from PIL import Image
 
 from compressor_service.encoder import Encoder
 from compressor_service.llava_mini import LlavaMini
+from compressor_service.llava_mini.checkpoint import Dtype
 from compressor_service.llava_mini.prompt import Prompt
 from compressor_service.preprocess import BadPicture
 from compressor_service.settings import CompressorSettings
@@ -142,7 +143,7 @@ class Parts:
 
     def offline(self, question: str, pictures: Sequence[bytes], max_new_tokens: int) -> list[int]:
         """Return the ids that the whole model answers with, from the pictures alone."""
-        model, prompt = whole_model(self.checkpoint)
+        model, prompt = whole_model(self.checkpoint, self.encoder.format.dtype)
         ids = torch.tensor([prompt.build(question)])
         pixels = torch.stack([self.encoder.decode(picture) for picture in pictures])[None]
         [made] = model.generate(model.inputs_embeds(ids, pixels), max_new_tokens, stop_ids=prompt.stop_ids).tolist()
@@ -156,16 +157,17 @@ async def open_parts(
     folder: Path,
     qa: QASettings | None = None,
     api: ApiSettings | None = None,
+    dtype: Dtype = "float32",
 ) -> AsyncIterator[Parts]:
     qa, api = qa or QASettings(), api or ApiSettings()
-    encoder = load_encoder(checkpoint)
+    encoder = load_encoder(checkpoint, dtype)
     timeline = Timeline(redis, encoder.format)
     keyframes = Keyframes(str(folder / "segments"))
     sources = Sources(redis, Cipher.open(None, folder))
     writer = FrameWriter(encoder, timeline, keyframes, frames_per_pass=8)
     compressor = Compressor(writer)
     moments = Moments(timeline, StoreSettings(data_dir=folder))
-    model, prompt = whole_model(checkpoint)
+    model, prompt = whole_model(checkpoint, dtype)
     now = int(time.time()) + float(LATER_S)
     answerer = Answerer(
         model, prompt, timeline, sources, compressor, compressor, moments, qa, model_name="small", now=lambda: now
@@ -247,13 +249,13 @@ async def open_parts(
 
 
 @cache
-def load_encoder(checkpoint: Path) -> Encoder:
-    return Encoder.load(checkpoint, "float32", CompressorSettings(device="cpu"))
+def load_encoder(checkpoint: Path, dtype: Dtype) -> Encoder:
+    return Encoder.load(checkpoint, dtype, CompressorSettings(device="cpu"))
 
 
 @cache
-def whole_model(checkpoint: Path) -> tuple[LlavaMini, Prompt]:
-    return LlavaMini.from_pretrained(checkpoint, device="cpu"), Prompt.from_pretrained(checkpoint)
+def whole_model(checkpoint: Path, dtype: Dtype = "float32") -> tuple[LlavaMini, Prompt]:
+    return LlavaMini.from_pretrained(checkpoint, dtype, "cpu"), Prompt.from_pretrained(checkpoint)
 
 
 @cache

@@ -4,6 +4,7 @@ import asyncio
 
 import numpy as np
 import pytest
+import torch
 from transformers import AutoTokenizer, LlamaConfig
 
 from compressor_service.llava_mini.prompt import Prompt
@@ -63,6 +64,36 @@ async def test_exact_fusion_gives_the_offline_model_s_answer_id_for_id(parts):
     assert (online.coverage.text_fusion, online.coverage.fusion_frames) == ("exact", 5)
     assert online.usage.prompt_tokens == len(prompt.build(QUESTION)) - 1 + 5
     assert online.usage.prompt_tokens_details.cached_tokens == online.usage.prompt_tokens_details.video_tokens == 5
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+async def test_the_model_reads_16_bit_tokens_as_the_compressor_made_them(redis, checkpoint, tmp_path, dtype):
+    settings = QASettings(prefix_cache_bytes=0)  # a prompt read in two parts rounds differently in its last bit
+    async with open_parts(redis, checkpoint, tmp_path, settings, dtype=dtype) as parts:
+        stream, base = await parts.stream(range(4))
+        question = Question.model_validate(asked(stream_range(stream, base, base + 4), text_fusion="exact"))
+        [*_, online] = [event async for event in parts.answerer.ask(question)]
+
+    model, prompt = whole_model(checkpoint, dtype)
+    side = parts.encoder.input_size_px
+    pixels = torch.stack([parts.encoder.decode(keyframe(base + slot, side)) for slot in range(4)])
+    ids = torch.tensor(prompt.build(QUESTION))
+    text = model.fuse_text(ids, pixels).float().mean(dim=0).to(model.dtype)
+    rows = torch.cat(model.place_frames(text, ids, model.encode_frames(pixels).flatten(0, 1)))
+    [made] = model.generate(rows[None], 12, stop_ids=prompt.stop_ids).tolist()
+    assert online.answer == prompt.decode(made)
+
+
+async def test_ranges_may_be_left_open(parts):
+    stream, base = await parts.stream([0, 1, 2])
+    told = (await answer(parts, asked({"stream_id": stream.id}))).coverage
+    assert (told.slots_expected, told.frames_used, told.notes) == (int(parts.now) - 5 - base, 3, [])
+    video = await parts.video([0, 1, 2], duration_s=3.4)
+    for wanted in ({"video_id": video.id}, {"video_id": video.id, "start": 0, "end": 3.4}):
+        told = (await answer(parts, asked(wanted))).coverage
+        assert (told.slots_expected, told.frames_used, told.notes, told.gaps) == (3, 3, [], [])
+    beyond = (await answer(parts, asked({"video_id": video.id, "start": 0, "end": 9}))).coverage
+    assert "beyond the video's end at 3.0 s" in beyond.notes[0]
 
 
 async def test_events_come_in_order_and_their_pieces_are_the_answer(parts):
