@@ -13,6 +13,7 @@ from compressor_service.settings import CompressorSettings
 from compressor_service.writer import FrameWriter
 from ingest.frame import Frame, Receipt
 from store.connection import connect
+from store.counters import Counters
 from store.keyframes import Keyframes
 from store.timeline import Timeline
 
@@ -29,10 +30,12 @@ class CompressorService:
     ) -> None:
         self._encoder = Encoder.load(checkpoint, dtype, settings)
         self._max_batch_frames = settings.max_batch_frames
+        redis = connect(redis_url)
         self._writer = FrameWriter(
             self._encoder,
-            Timeline(connect(redis_url), self._encoder.format),
+            Timeline(redis, self._encoder.format),
             Keyframes(segments_url),
+            Counters(redis),
             frames_per_pass=settings.max_batch_frames,
         )
         self._gather.set_max_batch_size(settings.max_batch_frames)  # type: ignore[attr-defined]

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from compressor_service.encoder import Encoder
 from compressor_service.preprocess import BadPicture
 from ingest.frame import Frame, Receipt
+from store.counters import Counters
 from store.keyframes import Keyframes
 from store.timeline import Entry, Timeline
 
@@ -34,10 +35,13 @@ class _Seen:
 class FrameWriter:
     """Encodes frames and keeps them: the keyframe first, so that a token is never without its picture."""
 
-    def __init__(self, encoder: Encoder, timeline: Timeline, keyframes: Keyframes, *, frames_per_pass: int) -> None:
+    def __init__(
+        self, encoder: Encoder, timeline: Timeline, keyframes: Keyframes, counters: Counters, *, frames_per_pass: int
+    ) -> None:
         self._encoder = encoder
         self._timeline = timeline
         self._keyframes = keyframes
+        self._counters = counters
         self._frames_per_pass = frames_per_pass
         self._device = asyncio.Lock()
         self._failure: RuntimeError | None = None
@@ -53,6 +57,7 @@ class FrameWriter:
         seen = await self._with_device(self._look, owned)
         await self._keyframes.put_many({(one.frame.source_id, one.frame.slot): one.frame.keyframe for one in seen})
         lost = await self._timeline.append_many(_by_lease(seen))
+        await self._counters.bump("frames_kept", sum(one.frame.source_id not in lost for one in seen))
         return [_receipt(request, newest, lost) for request in requests]
 
     async def fuse_text(

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,7 @@ class QA:
             remote,
             RemoteMoments(search),
             settings.qa,
+            counters=Counters(redis),
             model_name=facts.name,
         )
         self._described = ModelBody(
@@ -173,8 +175,9 @@ class QA:
         return self._described
 
     async def ask(self, question: Question) -> AsyncGenerator[AnswerEvent, None]:
-        async for event in self._answerer.ask(question):
-            yield event
+        async with aclosing(self._answerer.ask(question)) as events:  # a caller who leaves ends the work at once
+            async for event in events:
+                yield event
 
     def __del__(self) -> None:
         if hasattr(self, "_answerer"):

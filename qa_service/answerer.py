@@ -6,6 +6,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -48,6 +49,8 @@ from qa_service.schemas import (
 from qa_service.seams import MomentSearch, SearchSpace, TextFusion
 from qa_service.selection import expected, smallest_stride, stratified, thinned
 from qa_service.settings import QASettings
+from store.connection import StoreUnavailable
+from store.counters import Counters
 from store.moments import Moment, Span
 from store.sources import Source, Sources
 from store.timeline import Timeline
@@ -133,6 +136,7 @@ class Answerer:
         moments: MomentSearch,
         settings: QASettings,
         *,
+        counters: Counters,
         model_name: str,
         now: Callable[[], float] = time.time,
     ) -> None:
@@ -152,6 +156,7 @@ class Answerer:
         self._model_name = model_name
         self._prefixes = PrefixCache(settings.prefix_cache_bytes)
         self._thread = ModelThread(model, self._prefixes)
+        self._counters = counters
         self._asked = 0
 
     @property
@@ -179,13 +184,19 @@ class Answerer:
         if self._asked >= self._settings.max_waiting:
             raise QueueFull(f"{self._asked} questions are waiting already; ask again in a moment.")
         self._asked += 1
-        events = self._answer(question)
+        events, outcome = self._answer(question), "cancelled"
         try:
             async for event in events:
                 yield event
+            outcome = "completed"
+        except Exception:
+            outcome = "failed"
+            raise
         finally:
             self._asked -= 1
             await events.aclose()
+            with suppress(StoreUnavailable):  # a count must not stand in the way of what it counts
+                await self._counters.bump(f"answers_{outcome}")
 
     async def _answer(self, question: Question) -> AsyncGenerator[AnswerEvent, None]:
         watch = Stopwatch(self._settings.answer_timeout_s)
@@ -319,7 +330,8 @@ class Answerer:
         """Return the mode, and the number of frames that text is fused with."""
         if asked == "none":
             return "none", 0
-        if asked == "exact" or (asked == "auto" and frames <= self._settings.exact_fusion_frames):
+        few = self._settings.fusion_frames if asked == "sampled" else self._settings.exact_fusion_frames
+        if asked == "exact" or frames <= few:  # a sample of all frames is no sample
             return "exact", frames
         return "sampled", min(frames, self._settings.fusion_frames)
 

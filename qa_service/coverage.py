@@ -37,7 +37,8 @@ def frame_url(source: Source, slot: int) -> str:
 class Reading:
     """What one range of one source holds.
 
-    [start, end) are the slots that a source without gaps would hold by now; `present` (T,) are those that are kept.
+    [start, end) are the slots that a source without gaps would hold by now; `present` (T,) are those that are kept,
+    `gaps` those that are missing. A slot that is neither is one in which a video file has no picture of its own.
     `note` says, for people, why the range that was asked for is not expected whole.
     """
 
@@ -116,7 +117,7 @@ class RangeReader:
         expected_end, note = await self._expected_end(source, start, end, present)
         recorded = await self._sources.gaps(source.id, start, expected_end)
         runs = _absent_runs(present, start, expected_end)
-        gaps = _with_reasons(runs, recorded, self._usual_reasons(source))
+        gaps = _with_reasons(runs, recorded, await self._usual_reasons(source))
         return Reading(source, start, expected_end, present, tuple(gaps), note)
 
     async def nearest(self, source: Source, start: int, end: int) -> tuple[int | None, int | None]:
@@ -151,16 +152,22 @@ class RangeReader:
         limit = max(limit, int(present[-1]) + 1 if len(present) else start)
         return (end, None) if end <= limit else (limit, note)
 
-    def _usual_reasons(self, source: Source) -> list[Gap]:
-        """Return why slots are absent where nothing was recorded, as adjoining gaps over the whole grid."""
+    async def _usual_reasons(self, source: Source) -> list[Gap]:
+        """Return why slots are absent where nothing was recorded, as gaps that lie behind one another.
+
+        None for a video: what could not be decoded is recorded, and where a file shows no new picture none is missing.
+        """
         if isinstance(source, Video):
-            return [Gap(start_slot=0, end_slot=_EVER, reason="decode_error")]
+            return []
         created = clock.slot_at(source.created_at, source.fps)
         kept_from = max(created, clock.slot_at(self._now() - source.retention_hours * 3600, source.fps))
+        status = await self._sources.status(source.id)
+        stopped = max(kept_from, clock.slot_at(status.since, source.fps)) if status.state == "disabled" else _EVER
         bounds: list[tuple[int, int, GapReason]] = [
             (0, created, "not_registered"),
             (created, kept_from, "erased"),
-            (kept_from, _EVER, "stream_down"),
+            (kept_from, stopped, "stream_down"),
+            (stopped, _EVER, "not_registered"),
         ]
         return [Gap(start_slot=low, end_slot=high, reason=reason) for low, high, reason in bounds if low < high]
 
@@ -173,7 +180,10 @@ def _absent_runs(present: NDArray[np.int64], start: int, end: int) -> list[tuple
 
 
 def _with_reasons(runs: Sequence[tuple[int, int]], recorded: Sequence[Gap], usual: Sequence[Gap]) -> list[Gap]:
-    """Cut absent runs where the reason changes: recorded reasons first, usual ones where nothing was recorded."""
+    """Cut absent runs where the reason changes: recorded reasons first, usual ones where nothing was recorded.
+
+    What has neither is no gap.
+    """
     found: list[Gap] = []
     ends = [gap.end_slot for gap in recorded]
     for start, end in runs:
@@ -183,8 +193,11 @@ def _with_reasons(runs: Sequence[tuple[int, int]], recorded: Sequence[Gap], usua
             if index < len(recorded) and recorded[index].start_slot <= at:
                 here, behind = recorded[index].reason, ends[index]
             else:
-                default = next(gap for gap in usual if gap.start_slot <= at < gap.end_slot)
+                default = next((gap for gap in usual if gap.start_slot <= at < gap.end_slot), None)
                 known = recorded[index].start_slot if index < len(recorded) else end
+                if default is None:
+                    at = known
+                    continue
                 here, behind = default.reason, min(default.end_slot, known)
             behind = min(behind, end)
             if found and found[-1].end_slot == at and found[-1].reason == here:

@@ -56,7 +56,7 @@ class Door:
 
         try:
             if not scope["path"].startswith(_OPEN):
-                caller = self._keyring.identify(headers.get("authorization"))
+                caller = self._keyring.identify(headers.get("authorization"), (scope.get("client") or (None,))[0])
                 scope["state"]["caller"] = caller
                 if self._rate is not None:
                     await self._rate.count(caller)

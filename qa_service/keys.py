@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from ipaddress import ip_address
 
 from limits import RateLimitItemPerMinute
 from limits.aio.storage import RedisStorage
@@ -49,14 +50,16 @@ ANYONE = Caller(name="anyone", scopes=frozenset({"admin"}))
 
 
 class Keyring:
-    """The keys of the settings. Without any, everyone may do everything."""
+    """The keys of the settings. Without any, everyone on this machine may do everything, and nobody else anything."""
 
     def __init__(self, keys: Sequence[ApiKey]) -> None:
         self._keys = tuple(keys)
 
-    def identify(self, authorization: str | None) -> Caller:
-        """Return who sends the header `Authorization: Bearer <key>`. Raises MissingKey or BadKey."""
+    def identify(self, authorization: str | None, host: str | None) -> Caller:
+        """Return who sends the header `Authorization: Bearer <key>` from `host`. Raises MissingKey or BadKey."""
         if not self._keys:
+            if not _is_this_machine(host):
+                raise MissingKey("No API key is configured here (TOKENLINE_API__KEYS), so only this machine is served.")
             return ANYONE
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
@@ -67,6 +70,15 @@ class Keyring:
         if not known:
             raise BadKey("This API key is not known here.")
         return Caller(known[0].name, known[0].scopes, known[0].sources)
+
+
+def _is_this_machine(host: str | None) -> bool:
+    if host is None:  # a unix socket
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 class RateLimit:

@@ -16,7 +16,15 @@ def thinned(reading: Reading, stride: int) -> NDArray[np.int64]:
 
 def expected(reading: Reading, stride: int) -> int:
     """Return how many slots `thinned` would give of a source without gaps."""
-    return -(-(reading.end - reading.start) // stride)
+    edges = np.flatnonzero(np.diff(reading.present, prepend=-2) > 1)
+    kept = ((int(run[0]), int(run[-1]) + 1) for run in np.split(reading.present, edges) if len(run))
+    missing = ((gap.start_slot, gap.end_slot) for gap in reading.gaps)
+    count, counted = 0, -1  # stretches so far, and the last of them: two runs may share one
+    for start, end in sorted((*kept, *missing)):
+        first, last = (start - reading.start) // stride, (end - 1 - reading.start) // stride
+        count += last - max(first - 1, counted)
+        counted = last
+    return count
 
 
 def smallest_stride(readings: Sequence[Reading], max_frames: int) -> int:

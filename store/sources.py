@@ -1,6 +1,7 @@
 """The registry: streams and videos, their state and their gaps. The one truth about them for every process."""
 
 import base64
+import math
 import re
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -312,10 +313,14 @@ class Sources:
                     )
             if await self._replace_stream(old, record):
                 break
+        if record.stream.fps != old.stream.fps:
+            await self._gaps.drop(stream_id)  # counted on the old grid
         if _recording(record) != _recording(old):
             await self._leases.revoke(stream_id)
-            status = _waiting(record.stream, time.time())
-            await self._redis.set(_status_key(stream_id), status.model_dump_json())
+            if record.stream.enabled and not old.stream.enabled:
+                await self._note_pause(old.stream)
+            if record.stream.enabled or old.stream.enabled:  # a pause keeps its beginning
+                await self._wait_anew(record.stream)
         return record.stream
 
     async def delete_stream(self, stream_id: str, *, purge: bool = False) -> None:
@@ -334,6 +339,8 @@ class Sources:
                 break
         await self._redis.zrem(f"{_STREAMS}:order", stream_id)
         await self._leases.revoke(stream_id)
+        if old.stream.enabled:
+            await self._wait_anew(gone.stream)
 
     async def password(self, stream_id: str) -> str | None:
         """Return the camera's password for the one who connects to it; StreamNotFound, WrongKey."""
@@ -548,6 +555,18 @@ class Sources:
                 pipe.get(_status_key(video_id))
             replies = await pipe.execute()
         return [VideoStatus() if raw is None else VideoStatus.model_validate_json(raw) for raw in replies]
+
+    async def _note_pause(self, stream: Stream) -> None:
+        """Record the time in which a stream was disabled: nobody expected frames of it."""
+        since = (await self.status(stream.id)).since
+        start, end = math.floor(since * stream.fps), math.floor(time.time() * stream.fps)
+        if start < end:
+            gap = Gap(start_slot=start, end_slot=end, reason="not_registered")
+            await self.add_gaps(stream.id, None, [gap])
+
+    async def _wait_anew(self, stream: Stream) -> None:
+        """Set the status that a stream has without an owner, from now on."""
+        await self._redis.set(_status_key(stream.id), _waiting(stream, time.time()).model_dump_json())
 
     async def _note(self, source_id: str, epoch: int, status: BaseModel) -> bool:
         keys = [lease_key(source_id), _status_key(source_id)]

@@ -164,13 +164,23 @@ async def open_parts(
     timeline = Timeline(redis, encoder.format)
     keyframes = Keyframes(str(folder / "segments"))
     sources = Sources(redis, Cipher.open(None, folder))
-    writer = FrameWriter(encoder, timeline, keyframes, frames_per_pass=8)
+    writer = FrameWriter(encoder, timeline, keyframes, Counters(redis), frames_per_pass=8)
     compressor = Compressor(writer)
     moments = Moments(timeline, StoreSettings(data_dir=folder))
     model, prompt = whole_model(checkpoint, dtype)
     now = int(time.time()) + float(LATER_S)
     answerer = Answerer(
-        model, prompt, timeline, sources, compressor, compressor, moments, qa, model_name="small", now=lambda: now
+        model,
+        prompt,
+        timeline,
+        sources,
+        compressor,
+        compressor,
+        moments,
+        qa,
+        counters=Counters(redis),
+        model_name="small",
+        now=lambda: now,
     )
     reader = RangeReader(timeline, sources, live_lag_s=qa.live_lag_s, now=lambda: now)
     policy = AddressPolicy(("203.0.113.0/24",))

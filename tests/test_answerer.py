@@ -14,6 +14,7 @@ from qa_service.errors import AnswerTimeout, EmptyAnswer, QueueFull, RangeTooLon
 from qa_service.schemas import Answer, AnswerCitations, AnswerCreated, AnswerDelta, Question
 from qa_service.selection import stratified
 from qa_service.settings import QASettings
+from store.counters import Counters
 from store.gaps import Gap
 from store.timeline import Timeline
 from tests.qa_parts import QUESTION, Compressor, asked, keyframe, open_parts, stream_range, whole_model
@@ -37,6 +38,7 @@ def answerer(parts, *, compressor=None, prompt=None, **settings):
         compressor,
         parts.moments,
         QASettings(**settings),
+        counters=Counters(parts.redis),
         model_name="small",
         now=lambda: parts.now,
     )
@@ -213,8 +215,16 @@ async def test_a_video_that_is_still_read_expects_what_is_there_and_says_so(part
     assert "processing" in told.notes[0]
 
 
-async def test_a_hole_in_a_finished_video_is_a_decode_error(parts):
+async def test_a_slot_in_which_a_video_shows_no_new_picture_is_not_missing(parts):
     video = await parts.video([0, 1, 4], duration_s=6.4)
+    told = (await answer(parts, asked({"video_id": video.id}))).coverage
+    assert (told.slots_expected, told.frames_used, told.gaps) == (3, 3, [])
+
+
+async def test_what_could_not_be_decoded_of_a_video_is_a_gap(parts):
+    video = await parts.video([0, 1, 4], duration_s=6.4)
+    lost = [Gap(start_slot=2, end_slot=4, reason="decode_error"), Gap(start_slot=5, end_slot=6, reason="decode_error")]
+    await parts.sources.add_gaps(video.id, None, lost)
     told = (await answer(parts, asked({"video_id": video.id}))).coverage
     assert (told.slots_expected, told.frames_used) == (6, 3)
     assert [(gap.start, gap.end, gap.reason) for gap in told.gaps] == [
@@ -369,5 +379,6 @@ async def test_tokens_of_another_model_are_refused_at_the_start(parts):
             parts.compressor,
             parts.moments,
             QASettings(),
+            counters=Counters(parts.redis),
             model_name="small",
         )

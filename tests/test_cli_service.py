@@ -21,6 +21,7 @@ from deploy.client import Answer, Cited, Client, Completed, Created, Delta, Ques
 from deploy.sample_clip import write_sample_clip
 from qa_service.settings import ApiKey, ApiSettings
 from store.connection import connect
+from store.gaps import Gap
 from store.sources import VideoStatus
 from tests.qa_parts import Parts, open_parts
 
@@ -105,8 +106,11 @@ def tokenline(service, monkeypatch, capsys) -> Callable[..., tuple[int, str, str
 
 @pytest.fixture(scope="module")
 def video(service) -> Any:
-    """A video of 8 seconds, in memory but for second 5."""
-    return service.do(service.parts.video([0, 1, 2, 3, 4, 6, 7], duration_s=8))
+    """A video of 8 seconds, in memory but for second 5, which is damaged."""
+    parts = service.parts
+    video = service.do(parts.video([0, 1, 2, 3, 4, 6, 7], duration_s=8))
+    service.do(parts.sources.add_gaps(video.id, None, [Gap(start_slot=5, end_slot=6, reason="decode_error")]))
+    return video
 
 
 def test_a_camera_is_added_listed_shown_and_removed(tokenline, monkeypatch):

@@ -17,6 +17,7 @@ from compressor_service.settings import CompressorSettings
 from compressor_service.untrained import write_untrained_checkpoint
 from compressor_service.writer import FrameWriter
 from ingest.frame import Frame, Receipt
+from store.counters import Counters
 from store.keyframes import Keyframes
 from store.leases import Leases
 from store.timeline import FrameNotKept, Timeline
@@ -44,8 +45,8 @@ def keyframes(tmp_path):
 
 
 @pytest.fixture
-def writer(encoder, timeline, keyframes):
-    return FrameWriter(encoder, timeline, keyframes, frames_per_pass=4)
+def writer(encoder, timeline, keyframes, redis):
+    return FrameWriter(encoder, timeline, keyframes, Counters(redis), frames_per_pass=4)
 
 
 def load(folder, dtype="float32"):

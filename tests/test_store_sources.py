@@ -171,6 +171,18 @@ async def test_a_disabled_stream_is_kept_but_not_recorded(sources):
     assert (await sources.status(stream.id)).state == "connecting"
 
 
+async def test_nobody_expected_frames_while_a_stream_was_disabled(sources):
+    stream = await sources.create_stream(DOOR.model_copy(update={"fps": 30.0}))
+    await sources.update_stream(stream.id, enabled=False)
+    since = (await sources.status(stream.id)).since
+    await sources.update_stream(stream.id, username="other")
+    assert (await sources.status(stream.id)).since == since
+    await asyncio.sleep(1 / 30)  # a pause as long as a slot
+    await sources.update_stream(stream.id, enabled=True)
+    [gap] = await sources.gaps(stream.id, int(since * 30), int(since * 30) + 300)
+    assert (gap.start_slot, gap.reason) == (int(since * 30), "not_registered")
+
+
 async def test_only_the_owner_reports(sources, leases):
     stream = await sources.create_stream(DOOR)
     epoch = await leases.acquire(stream.id, "worker", 60)

@@ -3,7 +3,7 @@
     python -m tests.benchmarks [NAME ...]
 
 Each benchmark is a module `bench_NAME` beside this file that prints one JSON object a line:
-`benchmark`, `case`, `ratio` (this project's cost over the other's; below 1 is cheaper), `against`, and any further figures.
+`benchmark`, `case`, `ratio` (this project's cost over the other's; below 1 is cheaper), `against`, and more figures.
 """
 
 import argparse
@@ -70,7 +70,9 @@ def main() -> None:
         print(f"measuring {name} ...", flush=True)
         measured += measure(name, [])
     replaced = {row["benchmark"] for row in measured}
-    rows = sorted([row for row in kept if row["benchmark"] not in replaced] + measured, key=lambda row: row["benchmark"])
+    rows = sorted(
+        [row for row in kept if row["benchmark"] not in replaced] + measured, key=lambda row: row["benchmark"]
+    )
     results.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (HERE / "RESULTS.md").write_text(
         "# Measurements\n\n"
