@@ -48,7 +48,7 @@ from store.timeline import erase_tokens
 
 MAX_KEY_CHARS = 255
 WAIT_STEP_S = 0.1
-_SETTLED = frozenset({"online", "degraded", "auth_failed", "disabled"})
+_REFUSED = frozenset({"auth_failed", "disabled"})
 
 Made = TypeVar("Made", bound=BaseModel)
 
@@ -261,9 +261,11 @@ class SourceControl:
         return made
 
     async def _settled(self, body: StreamBody, wait_s: float) -> StreamBody:
-        """Return the stream once it has a frame, was refused or was stopped, at the latest after `wait_s`."""
+        """Return the stream once a frame is in memory, it was refused or stopped, at the latest after `wait_s`."""
         deadline = asyncio.get_running_loop().time() + wait_s
-        while body.state not in _SETTLED and asyncio.get_running_loop().time() < deadline:
+        while (
+            body.last_frame_at is None and body.state not in _REFUSED and asyncio.get_running_loop().time() < deadline
+        ):
             await asyncio.sleep(WAIT_STEP_S)
             body = await self._stream_body(await self._sources.get_stream(body.id))
         return body
