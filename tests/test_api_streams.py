@@ -151,7 +151,8 @@ async def test_waiting_ends_with_the_first_frame(parts, client):
         while not (page := await parts.sources.list_streams()).items:  # noqa: ASYNC110 - Redis has no event for it
             await asyncio.sleep(0.01)
         [stream] = page.items
-        await parts.keep(stream.id, [], stream_status=StreamStatus(state="online", since=time.time()))
+        online = StreamStatus(state="online", since=time.time(), last_frame_at=time.time())
+        await parts.keep(stream.id, [], stream_status=online)
         made = await waiting
     assert (made.status_code, made.json()["state"]) == (201, "online")
 
