@@ -74,9 +74,9 @@ def with_local_defaults(settings: Settings, redis_url: str) -> Settings:
 
 
 def needed_cpus(settings: Settings) -> int:
-    """Return the logical cores that let every deployment start once, however small the machine is."""
+    """Return the logical cores that let every deployment start and scale, however small the machine is."""
     deployments = ("api", "ingest", "compressor", "search", "qa", "janitor")
-    asked = sum(part.cpus * part.min_replicas for part in (getattr(settings.serve, name) for name in deployments))
+    asked = sum(part.cpus * part.max_replicas for part in (getattr(settings.serve, name) for name in deployments))
     return max(os.cpu_count() or 1, int(asked) + 1)
 
 

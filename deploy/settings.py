@@ -67,8 +67,9 @@ class LoadScaling(Scaling):
 class IngestScaling(Scaling):
     """Scaling by the number of cameras and files to be read."""
 
+    max_replicas: PositiveInt = Field(default=8, description="Replicas under load, at most.")
     target_sources: PositiveInt = Field(
-        default=25, description="Cameras and files a replica that the autoscaler aims at."
+        default=24, description="Cameras and files a replica that the autoscaler aims at."
     )
 
 
@@ -111,6 +112,15 @@ class Settings(BaseSettings):
     qa: QASettings = Field(default_factory=QASettings)
     api: ApiSettings = Field(default_factory=ApiSettings)
     serve: ServeSettings = Field(default_factory=ServeSettings)
+
+    @model_validator(mode="after")
+    def _target_can_be_reached(self) -> Self:
+        if self.serve.ingest.target_sources > self.ingest.max_sources:
+            raise ValueError(
+                f"serve.ingest.target_sources ({self.serve.ingest.target_sources}) is above ingest.max_sources "
+                f"({self.ingest.max_sources}): sources would wait for an owner and no replica be added"
+            )
+        return self
 
     @classmethod
     def settings_customise_sources(

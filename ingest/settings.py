@@ -12,7 +12,7 @@ class IngestSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    max_sources: PositiveInt = Field(default=16, description="Sources that one ingest process owns at most.")
+    max_sources: PositiveInt = Field(default=32, description="Sources that one ingest process owns at most.")
     tick_s: PositiveFloat = Field(default=0.5, description="Time between two hand-overs of frames to the compressor.")
     batch_frames: PositiveInt = Field(default=64, description="Frames handed over at once, of all sources together.")
     queue_frames: PositiveInt = Field(

@@ -32,11 +32,11 @@ class TwoNodes:
     api: httpx.Client
     dashboard: httpx.Client
 
-    def nodes_of(self, deployment: str) -> set[str]:
-        """Return the ids of the nodes that run replicas of a deployment."""
+    def nodes_of(self, deployment: str) -> list[str]:
+        """Return the id of the node of every running replica of a deployment."""
         applications = self.dashboard.get("/api/serve/applications/").json()["applications"]
         replicas = applications["tokenline"]["deployments"][deployment]["replicas"]
-        return {replica["node_id"] for replica in replicas}
+        return [replica["node_id"] for replica in replicas if replica["state"] == "RUNNING"]
 
 
 @contextmanager
@@ -69,7 +69,7 @@ def serve_config(folder: Path, redis_url: str, checkpoint: Path, port: int) -> P
         "ingest": {"allowed_networks": ["127.0.0.0/8"]},
         "serve": {
             "api": small,
-            "ingest": small | {"resources": reading},
+            "ingest": small | {"resources": reading, "target_sources": 3},
             "compressor": small | {"resources": reading},
             "search": small | {"resources": answering},
             "qa": small | {"resources": answering},
@@ -151,7 +151,17 @@ def test_a_camera_read_on_one_node_is_asked_about_on_another(cluster):
         answer = cluster.api.post("/v1/questions", json=body).json()
     assert answer["coverage"]["frames_used"] >= 1, answer
     assert answer["answer"].strip()
-    reading, answering = cluster.nodes_of("ingest"), cluster.nodes_of("qa")
-    assert cluster.nodes_of("compressor") == reading
-    assert len(reading) == len(answering) == 1
-    assert reading.isdisjoint(answering)
+    [reading], [answering] = cluster.nodes_of("ingest"), cluster.nodes_of("qa")
+    assert cluster.nodes_of("compressor") == [reading]
+    assert reading != answering
+
+
+def test_more_cameras_than_one_replica_should_read_start_another(cluster):
+    for number in range(4):
+        url = f"rtsp://127.0.0.1:{free_port()}/nobody"
+        assert cluster.api.post("/v1/streams", json={"name": f"camera {number}", "url": url}).status_code == 201
+    deadline = time.monotonic() + PATIENCE_S
+    while len(cluster.nodes_of("ingest")) < 2:
+        assert time.monotonic() < deadline, "no second replica came"
+        time.sleep(0.5)
+    assert set(cluster.nodes_of("ingest")) == set(cluster.nodes_of("compressor"))
