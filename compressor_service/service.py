@@ -1,6 +1,5 @@
 """The Serve side of the compressor: gathers the frames of many callers into one forward pass."""
 
-import asyncio
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,7 +13,9 @@ from compressor_service.writer import FrameWriter
 from ingest.frame import Frame, Receipt
 from store.connection import connect
 from store.counters import Counters
+from store.gaps import Gaps
 from store.keyframes import Keyframes
+from store.leases import Leases
 from store.timeline import Timeline
 
 
@@ -35,6 +36,8 @@ class CompressorService:
             self._encoder,
             Timeline(redis, self._encoder.format),
             Keyframes(segments_url),
+            Leases(redis),
+            Gaps(redis),
             Counters(redis),
             frames_per_pass=settings.max_batch_frames,
         )
@@ -44,11 +47,13 @@ class CompressorService:
     async def put(self, frames: Sequence[Frame]) -> Receipt:
         """Remember frames of any sources; they are durable on return. Raises StoreUnavailable."""
         size = self._max_batch_frames
-        pieces = [frames[start : start + size] for start in range(0, len(frames), size)]
-        receipts = await asyncio.gather(*(self._gather(piece) for piece in pieces))
-        return Receipt(lost=frozenset().union(*(receipt.lost for receipt in receipts)))
+        lost: frozenset[str] = frozenset()
+        # One after the other: a source is resumed behind its last slot, so no slot may be kept before those before it.
+        for start in range(0, len(frames), size):
+            lost |= (await self._gather(frames[start : start + size])).lost
+        return Receipt(lost=lost)
 
-    # Two at a time: while one batch is written to the store, the next one has the device.
+    # Two at a time: while one caller's batch is written to the store, the next one has the device.
     @serve.batch(max_concurrent_batches=2, batch_size_fn=_frames_in)
     async def _gather(self, requests: list[Sequence[Frame]]) -> list[Receipt]:
         return await self._writer.put(requests)

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 
 from compressor_service.encoder import Encoder
 from compressor_service.preprocess import BadPicture
-from ingest.frame import Frame, Receipt
+from ingest.frame import Frame, Receipt, SinkUnavailable
 from store.counters import Counters
+from store.gaps import Gap, Gaps
 from store.keyframes import Keyframes
+from store.leases import Leases
 from store.timeline import Entry, Timeline
 
 _log = logging.getLogger(__name__)
@@ -36,29 +38,65 @@ class FrameWriter:
     """Encodes frames and keeps them: the keyframe first, so that a token is never without its picture."""
 
     def __init__(
-        self, encoder: Encoder, timeline: Timeline, keyframes: Keyframes, counters: Counters, *, frames_per_pass: int
+        self,
+        encoder: Encoder,
+        timeline: Timeline,
+        keyframes: Keyframes,
+        leases: Leases,
+        gaps: Gaps,
+        counters: Counters,
+        *,
+        frames_per_pass: int,
     ) -> None:
         self._encoder = encoder
         self._timeline = timeline
         self._keyframes = keyframes
+        self._leases = leases
+        self._gaps = gaps
         self._counters = counters
         self._frames_per_pass = frames_per_pass
         self._device = asyncio.Lock()
         self._failure: RuntimeError | None = None
 
     async def put(self, requests: Sequence[Sequence[Frame]]) -> list[Receipt]:
-        """Keep the frames of several requests; they are durable on return. Raises StoreUnavailable.
+        """Keep the frames of several requests; they are durable on return.
 
-        A frame whose picture cannot be read is dropped and logged; the others are kept.
+        A frame whose picture cannot be read is logged and recorded as a gap; the others are kept.
+        Raises StoreUnavailable, and SinkUnavailable when the device fails: the frames may be sent again after both.
         """
         frames = [frame for request in requests for frame in request]
         newest = _newest_epochs(frames)
-        owned = [frame for frame in frames if frame.epoch == newest[frame.source_id]]
-        seen = await self._with_device(self._look, owned)
-        await self._keyframes.put_many({(one.frame.source_id, one.frame.slot): one.frame.keyframe for one in seen})
-        lost = await self._timeline.append_many(_by_lease(seen))
+        try:
+            seen = await self._with_device(
+                self._look, [frame for frame in frames if frame.epoch == newest[frame.source_id]]
+            )
+        except (torch.AcceleratorError, torch.OutOfMemoryError) as error:
+            raise SinkUnavailable(f"the device of the compressor failed with {type(error).__name__}") from error
+        stale = await self._leases.stale(newest)
+        lost = stale | await self._keep([one for one in seen if one.frame.source_id not in stale])
+        await self._note_unreadable(frames, seen, newest)
         await self._counters.bump("frames_kept", sum(one.frame.source_id not in lost for one in seen))
         return [_receipt(request, newest, lost) for request in requests]
+
+    async def _keep(self, seen: Sequence[_Seen]) -> frozenset[str]:
+        """Write keyframes and tokens; return the sources whose owner was replaced meanwhile."""
+        await self._keyframes.put_many({(one.frame.source_id, one.frame.slot): one.frame.keyframe for one in seen})
+        lost = await self._timeline.append_many(_by_lease(seen))
+        # Nobody would ever look for the pictures of a source that was purged just now. Where a new owner took over,
+        # they may already be its own.
+        for source_id in await self._leases.unowned(lost):
+            for slot in sorted({one.frame.slot for one in seen if one.frame.source_id == source_id}):
+                if not len(await self._timeline.slots(source_id, slot, slot + 1)):
+                    await self._keyframes.erase(source_id, slot, slot + 1)
+        return lost
+
+    async def _note_unreadable(self, frames: Sequence[Frame], seen: Sequence[_Seen], newest: Mapping[str, int]) -> None:
+        """Record the slots whose pictures could not be read: to their sender they count as kept."""
+        readable = {(one.frame.source_id, one.frame.slot) for one in seen}
+        for frame in frames:
+            if frame.epoch == newest[frame.source_id] and (frame.source_id, frame.slot) not in readable:
+                gap = Gap(start_slot=frame.slot, end_slot=frame.slot + 1, reason="decode_error")
+                await self._gaps.add(frame.source_id, frame.epoch, [gap])
 
     async def fuse_text(
         self, input_ids: Sequence[int], frames: Sequence[tuple[str, Sequence[int]]]

@@ -1,14 +1,19 @@
 """The desk that gives ingest its work, from the registry and the leases in the store."""
 
+import logging
 import random
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import PurePath
 
 from ingest.assignment import Archive, ArchiveReport, Assignment, Camera, CameraReport, Missing
+from store.cipher import WrongKey
 from store.leases import Leases
-from store.sources import Gap, Sources, Stream, StreamStatus, Video, VideoStatus
+from store.sources import Gap, SourceNotFound, Sources, Stream, StreamStatus, Video, VideoStatus
 from store.timeline import Timeline
+
+logger = logging.getLogger(__name__)
 
 
 class StoreDesk:
@@ -19,20 +24,39 @@ class StoreDesk:
         self._leases = leases
         self._timeline = timeline
         self._lease_s = lease_s
+        self._refused: set[str] = set()  # streams whose refusal was logged
 
     async def unowned(self) -> int:
         """Return how many sources wait for an owner."""
         return len(await self._leases.unowned(source.id for source in await self._sources.claimable()))
 
     async def claim(self, owner: str, room: int) -> Sequence[Assignment]:
-        claimable = {source.id: source for source in await self._sources.claimable()}
+        claimable = [source.id for source in await self._sources.claimable()]
         # Another order for every owner: replicas that start together do not all race for the same sources.
-        ids = random.sample(list(claimable), len(claimable))
+        ids = random.sample(claimable, len(claimable))
         epochs = await self._leases.acquire_many(ids, owner, self._lease_s, limit=room)
-        return [await self._assignment(claimable[source_id], epoch) for source_id, epoch in epochs.items()]
+        if not epochs:
+            return []
+        # Read again, now that every change will take the lease from us: the first reading may be outdated.
+        sources = {source.id: source for source in await self._sources.claimable()}
+        assignments = []
+        for source_id, epoch in epochs.items():
+            try:
+                assignments.append(await self._assignment(sources[source_id], epoch))
+                self._refused.discard(source_id)
+            except (KeyError, SourceNotFound):  # disabled or deleted a moment ago
+                await self._leases.release(owner, {source_id: epoch})
+            except WrongKey as error:
+                await self._refuse(source_id, epoch, error)
+        return assignments
 
     async def renew(self, owner: str, held: Mapping[str, int]) -> frozenset[str]:
-        return await self._leases.renew(owner, held, self._lease_s)
+        lost = await self._leases.renew(owner, held, self._lease_s)
+        # Whoever disables or deletes a source revokes its lease afterwards, unless it dies in between.
+        unwanted = held.keys() - lost - {source.id for source in await self._sources.claimable()}
+        for source_id in unwanted:
+            await self._leases.revoke(source_id)
+        return lost | unwanted
 
     async def release(self, owner: str, held: Mapping[str, int]) -> None:
         await self._leases.release(owner, held)
@@ -46,6 +70,14 @@ class StoreDesk:
     async def missing(self, source_id: str, epoch: int, missing: Sequence[Missing]) -> None:
         gaps = [Gap(start_slot=run.start_slot, end_slot=run.end_slot, reason=run.reason) for run in missing]
         await self._sources.add_gaps(source_id, epoch, gaps)
+
+    async def _refuse(self, source_id: str, epoch: int, error: WrongKey) -> None:
+        """Tell why a stream cannot be read; its lease is left to run out, and the next claim tries again."""
+        if source_id not in self._refused:
+            logger.error("%s cannot be read: %s", source_id, error)
+            self._refused.add(source_id)
+        status = StreamStatus(state="auth_failed", since=time.time(), reason=str(error))
+        await self._sources.set_status(source_id, epoch, status)
 
     async def _assignment(self, source: Stream | Video, epoch: int) -> Assignment:
         extent = await self._timeline.extent(source.id)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
@@ -103,6 +103,8 @@ def _as_sink() -> Iterator[None]:
         yield
     except (QueueFull, ScalingUp, ConnectionError) as error:
         raise SinkUnavailable(str(error)) from None
+    except RayError as error:  # a node that died on the way, and whatever else Ray may suffer
+        raise SinkUnavailable(f"the compressor could not be called: {type(error).__name__}") from None
 
 
 class RemoteMoments:

@@ -107,6 +107,18 @@ class Leases:
         """Take a source from whoever holds it: its writes are refused from now on, and anyone may acquire it."""
         await self._revoke([lease_key(source_id)])
 
+    async def stale(self, epochs: Mapping[str, int]) -> frozenset[str]:
+        """Return those of the sources of which an epoch is given that is not, or no longer, their newest."""
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for source_id in epochs:
+                pipe.hget(lease_key(source_id), "epoch")
+            newest = await pipe.execute()
+        return frozenset(
+            source_id
+            for (source_id, epoch), known in zip(epochs.items(), newest, strict=True)
+            if known is None or int(known) != epoch
+        )
+
     async def owner(self, source_id: str) -> str | None:
         """Return who holds the source now."""
         owner = await self._owner([lease_key(source_id)])

@@ -15,9 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 from redis.asyncio import Redis
 
+from store.connection import StoreUnavailable
 from store.format import BLOCK_SLOTS, TIME_DTYPE, VECTOR_DTYPE, TokenFormat
 from store.leases import lease_key
 
+EXTENT_TRIES = 100
 BLOCKS_PER_READ = 8  # of full size; more at once makes Redis and the client hold more copies for no gain
 KEYS_PER_COMMAND = 1000  # small values, or blocks of one erase script
 _ALL_PRESENT = np.packbits(np.ones(BLOCK_SLOTS, np.bool_)).tobytes()
@@ -170,7 +172,7 @@ class Timeline:
     async def extent(self, source_id: str) -> tuple[int, int] | None:
         """Return the first and the last present slot, None if nothing is kept."""
         keys = _Keys(source_id, self.format.fingerprint)
-        while True:
+        for _ in range(EXTENT_TRIES):
             async with self._redis.pipeline() as pipe:
                 pipe.zrange(keys.blocks, 0, 0)
                 pipe.zrange(keys.blocks, -1, -1)
@@ -183,6 +185,10 @@ class Timeline:
             # An erasure may have come between the two trips: then look again.
             if len(first) and len(last):
                 return ends[0] * BLOCK_SLOTS + int(first[0]), ends[1] * BLOCK_SLOTS + int(last[-1])
+        raise StoreUnavailable(
+            f"the timeline of {source_id} has lost blocks that its index names; "
+            "check that Redis runs with maxmemory-policy noeviction"
+        )
 
     async def count(self, source_id: str) -> int:
         """Return how many frames of the source are kept."""

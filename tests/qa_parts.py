@@ -44,6 +44,7 @@ from qa_service.viewer import Viewer
 from store.cipher import Cipher
 from store.connection import StoreRedis
 from store.counters import Counters
+from store.gaps import Gaps
 from store.idempotency import Idempotency
 from store.keyframes import Keyframes
 from store.leases import Leases
@@ -164,7 +165,7 @@ async def open_parts(
     timeline = Timeline(redis, encoder.format)
     keyframes = Keyframes(str(folder / "segments"))
     sources = Sources(redis, Cipher.open(None, folder))
-    writer = FrameWriter(encoder, timeline, keyframes, Counters(redis), frames_per_pass=8)
+    writer = FrameWriter(encoder, timeline, keyframes, Leases(redis), Gaps(redis), Counters(redis), frames_per_pass=8)
     compressor = Compressor(writer)
     moments = Moments(timeline, StoreSettings(data_dir=folder))
     model, prompt = whole_model(checkpoint, dtype)

@@ -18,6 +18,7 @@ from compressor_service.untrained import write_untrained_checkpoint
 from compressor_service.writer import FrameWriter
 from ingest.frame import Frame, Receipt
 from store.counters import Counters
+from store.gaps import Gap, Gaps
 from store.keyframes import Keyframes
 from store.leases import Leases
 from store.timeline import FrameNotKept, Timeline
@@ -46,7 +47,7 @@ def keyframes(tmp_path):
 
 @pytest.fixture
 def writer(encoder, timeline, keyframes, redis):
-    return FrameWriter(encoder, timeline, keyframes, Counters(redis), frames_per_pass=4)
+    return FrameWriter(encoder, timeline, keyframes, Leases(redis), Gaps(redis), Counters(redis), frames_per_pass=4)
 
 
 def load(folder, dtype="float32"):
@@ -256,3 +257,53 @@ async def test_many_callers_at_once_get_their_own_results(redis, encoder, writer
     np.testing.assert_allclose(texts, encoder.embed_text(["a red car"]), atol=1e-6)
     np.testing.assert_allclose(fused_once, encoder.embed_image([jpeg(3)]), atol=1e-6)
     writer.check_health()
+
+
+async def test_late_frames_of_a_purged_source_leave_nothing_behind(redis, writer, timeline, keyframes, tmp_path):
+    epoch = await lease(redis, "str_a")
+    await writer.put([[frame("str_a", 1, epoch)]])
+    await Leases(redis).revoke("str_a")
+    await timeline.erase("str_a")
+    await keyframes.erase("str_a")
+    assert await writer.put([[frame("str_a", 2, epoch)]]) == [Receipt(lost=frozenset({"str_a"}))]
+    assert await timeline.extent("str_a") is None
+    assert not (tmp_path / "segments" / "str_a").exists()
+
+
+async def test_of_purges_in_the_middle_of_a_put_no_keyframe_survives(redis, writer, timeline, keyframes, tmp_path):
+    async def purge(source_id):
+        await Leases(redis).revoke(source_id)
+        await timeline.erase(source_id)
+        await keyframes.erase(source_id)
+
+    for number in range(12):  # the purge meets the put at another step each time
+        source_id = f"str_{number}"
+        epoch = await lease(redis, source_id)
+        put = asyncio.create_task(writer.put([[frame(source_id, slot, epoch) for slot in range(4)]]))
+        async for _ in steps(number * 3):
+            pass
+        await asyncio.gather(put, purge(source_id))
+        assert await timeline.extent(source_id) is None
+        with pytest.raises(FrameNotKept):
+            await keyframes.get(source_id, 0)
+    assert list((tmp_path / "segments").rglob("*.jpg")) == []
+
+
+async def steps(count):
+    for _ in range(count):
+        yield await asyncio.sleep(0.002)
+
+
+async def test_a_replaced_owner_does_not_overwrite_the_pictures_of_its_successor(redis, writer, keyframes):
+    old = await lease(redis, "str_a")
+    await Leases(redis).revoke("str_a")
+    new = await lease(redis, "str_a")
+    await writer.put([[frame("str_a", 5, new, jpeg(1))]])
+    await writer.put([[frame("str_a", 5, old, jpeg(2))]])
+    assert await keyframes.get("str_a", 5) == jpeg(1)
+
+
+async def test_a_picture_that_cannot_be_read_is_recorded_as_a_gap(redis, writer):
+    epoch = await lease(redis, "str_a")
+    await writer.put([[frame("str_a", 7, epoch), frame("str_a", 8, epoch, b"no picture")]])
+    assert await Gaps(redis).read("str_a", 0, 20) == [Gap(start_slot=8, end_slot=9, reason="decode_error")]
