@@ -117,14 +117,26 @@ def connect(url: str) -> StoreRedis:
 
 # The server must not outlive us, even if we are killed. PR_SET_PDEATHSIG would tie it to the thread that started it,
 # so a shell waits at the other end of a pipe: the kernel closes it with our process, and the shell stops the server.
+# The shell also starts a server again that a signal ended, such as the kernel's when memory runs out.
 _WATCHED = """
 exec 3<&0
-"$@" 3<&- </dev/null &
-server=$!
-( read -r _ <&3; kill -TERM "$server" ) 2>/dev/null &
+stopping=
+server=
+trap 'stopping=1; kill -TERM "$server" 2>/dev/null' TERM
+( read -r _ <&3; kill -TERM $$ ) 2>/dev/null &
 watcher=$!
-wait "$server"
-status=$?
+while :; do
+  "$@" 3<&- </dev/null &
+  server=$!
+  [ -n "$stopping" ] && kill -TERM "$server"
+  while :; do
+    wait "$server"
+    status=$?
+    kill -0 "$server" 2>/dev/null || break
+  done
+  [ -z "$stopping" ] && [ "$status" -gt 128 ] || break
+  sleep 0.2
+done
 kill "$watcher" 2>/dev/null
 exit "$status"
 """
@@ -133,7 +145,8 @@ exit "$status"
 class EmbeddedRedis:
     """A Redis or Valkey server of our own, on a unix socket, its append-only file in the data folder.
 
-    A context manager: what `start` started ends with the block, and at the latest with this process.
+    A context manager: what `start` started ends with the block, and at the latest with this process. A server that
+    is killed meanwhile is started again.
     """
 
     def __init__(self, process: subprocess.Popen[bytes], url: str, lock: int, scratch: Path | None) -> None:
@@ -169,7 +182,7 @@ class EmbeddedRedis:
 
     @property
     def running(self) -> bool:
-        """Whether the server process is alive."""
+        """Whether the server is kept alive."""
         return self._process.poll() is None
 
     def stop(self) -> None:

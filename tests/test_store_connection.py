@@ -62,23 +62,44 @@ async def test_what_was_written_survives_a_restart(tmp_path):
             assert await Leases(redis).renew("one", {"str_a": epoch}, 60) == frozenset()
 
 
-async def test_a_killed_server_is_reported_and_work_goes_on_when_it_is_back(tmp_path):
+async def test_a_stopped_server_is_reported_and_work_goes_on_when_it_is_back(tmp_path):
     server = EmbeddedRedis.start(tmp_path)
     async with connect(server.url) as redis:
         timeline = Timeline(redis, FORMAT)
         leases = Leases(redis)
         assert await leases.acquire("str_a", "one", 60) is not None
-        pid = server_pid(tmp_path)
-        os.kill(pid, signal.SIGKILL)
-        wait_for_end(pid)
+        server.stop()
         with pytest.raises(StoreUnavailable, match="TOKENLINE_STORE__REDIS_URL"):
             await timeline.slots("str_a", 0, 10)
         with pytest.raises(StoreUnavailable):
             await leases.acquire_many(["str_b"], "one", 60)
-        server.stop()
         with EmbeddedRedis.start(tmp_path):
             assert await timeline.slots("str_a", 0, 10) is not None
             assert await leases.acquire("str_b", "one", 60) is not None
+
+
+async def test_a_killed_server_comes_back_by_itself_with_all_it_acknowledged(tmp_path):
+    with EmbeddedRedis.start(tmp_path) as server:
+        async with connect(server.url) as redis:
+            for round in range(3):
+                epoch = await Leases(redis).acquire(f"str_{round}", "one", 60)
+                pid = server_pid(tmp_path)
+                os.kill(pid, signal.SIGKILL)
+                wait_for_end(pid)
+                assert await renewed(redis, {f"str_{round}": epoch}) == frozenset()
+        last = server_pid(tmp_path)
+    wait_for_end(last)
+    assert not server.running
+
+
+async def renewed(redis, held):
+    """Renew leases as soon as the server is there again."""
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            return await Leases(redis).renew("one", held, 60)
+        except StoreUnavailable:
+            assert time.monotonic() < deadline, "the server did not come back"
 
 
 def test_two_servers_never_share_a_data_folder(tmp_path):
