@@ -82,8 +82,8 @@ class Janitor:
             await self._sources.forget(source_id)
             self._steps.pop(source_id, None)
         self._clean = frozenset(clean - forgotten)
-        wanted = {kept.source.file for kept in everything if isinstance(kept.source, Video) and not kept.purge}
-        uploads = await asyncio.to_thread(self._erase_uploads, {name for name in wanted if name is not None})
+        videos = [kept.source for kept in everything if isinstance(kept.source, Video) and not kept.purge]
+        uploads = await asyncio.to_thread(self._erase_uploads, videos)
         report = SweepReport(frames, keyframes, uploads, len(forgotten))
         if report != SweepReport():
             logger.info("swept %s", report)
@@ -121,17 +121,26 @@ class Janitor:
             self._steps[source.id] = step
         return frames, keyframes
 
-    def _erase_uploads(self, wanted: Iterable[str]) -> int:
-        """Remove uploaded files that no video refers to, unless they are so young that a video may be on its way."""
+    def _erase_uploads(self, videos: Iterable[Video]) -> int:
+        """Remove files of the upload folder that no video needs, unless so young that a video may be on its way.
+
+        A video needs its upload and, until it is read, what was downloaded for it: files that begin with its id.
+        """
         folder: Path = self._settings.uploads_dir
         if not folder.is_dir():
             return 0
+        uploads, reading = set(), set()
+        for video in videos:
+            uploads.add(video.file)
+            if video.status in ("queued", "processing"):
+                reading.add(video.id)
         oldest = time.time() - self._settings.upload_grace_s
-        doomed = [
-            path
-            for path in folder.iterdir()
-            if path.is_file() and path.name not in wanted and path.stat().st_mtime < oldest
-        ]
-        for path in doomed:
-            path.unlink(missing_ok=True)
-        return len(doomed)
+        erased = 0
+        for path in folder.iterdir():
+            if path.name in uploads or path.name.partition(".")[0] in reading:
+                continue
+            with contextlib.suppress(FileNotFoundError):  # its owner was quicker
+                if path.is_file() and path.stat().st_mtime < oldest:
+                    path.unlink()
+                    erased += 1
+        return erased

@@ -1,6 +1,7 @@
 """The keyframes: one JPEG a slot, in a local folder or an object store."""
 
 import asyncio
+import errno
 import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from store.connection import StoreUnavailable
 from store.format import HOUR_SLOTS
 from store.timeline import FrameNotKept
 
+ERASE_TRIES = 5
 _SOURCE_ID = re.compile(r"[A-Za-z0-9_-]+")  # a part of a path: nothing that leaves the root
 
 
@@ -107,13 +109,26 @@ class Keyframes:
                 doomed = [file for slot, file in files if low <= slot < high]
                 erased += len(doomed)
                 if low <= hour * HOUR_SLOTS and (hour + 1) * HOUR_SLOTS <= high:
-                    with suppress(FileNotFoundError):
-                        self._fs.rm(path, recursive=True)  # with whatever a crash left there
+                    self._remove([path], recursive=True)  # with whatever a crash left there
                 elif doomed:
-                    self._fs.rm(doomed)
+                    self._remove(doomed)
                     self._remove_if_empty([path])
             self._remove_if_empty([folder, folder.rpartition("/")[0]])
         return erased
+
+    def _remove(self, paths: list[str], *, recursive: bool = False) -> None:
+        """Remove files or folders, though others write and erase there at the same time."""
+        for tries_left in reversed(range(ERASE_TRIES)):
+            try:
+                self._fs.rm(paths, recursive=recursive)
+                return
+            except FileNotFoundError:
+                paths = [path for path in paths if self._fs.exists(path)]
+                if not paths:
+                    return
+            except OSError as error:
+                if error.errno != errno.ENOTEMPTY or tries_left == 0:
+                    raise
 
     def _numbered(self, folder: str, suffix: str) -> Iterator[tuple[int, str]]:
         """List the hour folders or slot files of a folder."""

@@ -132,6 +132,21 @@ async def test_uploads_without_a_video_go_after_their_grace(store):
     assert {path.name for path in uploads.iterdir()} == {"kept.mp4", "young.mp4", "folder"}
 
 
+async def test_a_download_lives_as_long_as_its_video_is_read(store):
+    video = await store.sources.create_video(NewVideo(name="far", url="https://host/far.mp4"))
+    folder = store.settings.uploads_dir
+    folder.mkdir()
+    names = {f"{video.id}.download", f"{video.id}.download.0123.part", "vid_000000000000.download"}
+    for name in names:
+        (folder / name).write_bytes(b"video")
+        os.utime(folder / name, (time.time() - 9999,) * 2)
+    assert (await store.janitor.sweep()).uploads == 1
+    assert {path.name for path in folder.iterdir()} == names - {"vid_000000000000.download"}
+    await store.sources.delete_video(video.id)
+    assert (await store.janitor.sweep()).uploads == 2
+    assert list(folder.iterdir()) == []
+
+
 async def test_of_two_janitors_one_works_and_the_other_takes_over(store, redis):
     second = Janitor(redis, store.sources, store.keyframes, store.settings)
     tasks = [asyncio.create_task(janitor.run()) for janitor in (store.janitor, second)]
