@@ -88,12 +88,11 @@ class Moments:
         top_k: int,
         min_score: float | None = None,
         slots: Mapping[str, NDArray[np.int64]] | None = None,
-        finished: frozenset[str] = frozenset(),
     ) -> list[Moment]:
         """Return at most `top_k` moments of the spans, best first.
 
         Of the best frames those at most NEIGHBOUR_SLOTS apart make one moment. `slots` restricts the sources it names
-        to those slots. `finished` names sources that will not grow: their last hour is complete, too.
+        to those slots.
         ValueError unless the vector is (P,) and finite.
         """
         query = self._checked(vector)
@@ -101,7 +100,7 @@ class Moments:
             return []
         found = await asyncio.gather(
             *(
-                self._search_source(query, source_id, runs, None if slots is None else slots.get(source_id), finished)
+                self._search_source(query, source_id, runs, None if slots is None else slots.get(source_id))
                 for source_id, runs in _by_source(spans).items()
             )
         )
@@ -127,14 +126,13 @@ class Moments:
         source_id: str,
         runs: Sequence[tuple[int, int]],
         allowed: NDArray[np.int64] | None,
-        finished: frozenset[str],
     ) -> "_Hits":
         found = []
         extent = await self._timeline.extent(source_id)
         if extent is None:
             await self.drop(source_id)
             return _Hits.join([])
-        settled = extent[1] + 1 if source_id in finished else extent[1] - self._settle_slots
+        settled = extent[1] - self._settle_slots
         hours = _by_hour(runs, extent)
         if not hours:
             return _Hits.join([])

@@ -153,8 +153,6 @@ async def test_complete_hours_find_the_same_frames_in_a_quarter_of_the_memory(wr
     rounded = await settled.search(query, spans, top_k=10)
     assert rounded[0].slot == exact[0].slot == NOON + 700
     assert len({moment.slot for moment in exact} & {moment.slot for moment in rounded}) >= 8
-    finished = await growing.search(query, spans, top_k=10, finished=frozenset({"str_a"}))
-    assert finished[0].slot == NOON + 700
 
 
 async def test_shards_beyond_the_memory_limit_are_made_again_when_needed(writer):
