@@ -140,9 +140,9 @@ def decode(packet: "Packet[VideoStream]") -> list[av.VideoFrame]:
 class ArchiveReader:
     """Reads the pictures of a file's slots that come after `last_slot`.
 
-    `duration_s` is the length, known once the first picture comes; `missing` is what the reader could not get:
-    slots whose pictures are damaged, and the slots between the file's real and its stated end. A slot in which the
-    file simply has no picture is absent without being missing.
+    `duration_s` is the length, known once the first picture comes; `missing` grows by what the reader could not get
+    before each picture: slots whose pictures are damaged and, at last, those between the file's real and its stated
+    end. A slot in which the file simply has no picture is absent without being missing.
     """
 
     def __init__(self, path: Path, *, fps: float, last_slot: int | None, max_pixels: int) -> None:
@@ -163,15 +163,17 @@ class ArchiveReader:
         self.duration_s = max(index.end_s, stated_end_s)
         sampler = Sampler(self._fps, last_slot=self._first_slot - 1, frame_s=index.frame_s)
         plan = DecodePlan.build(index, self._fps, self._first_slot)
-        got: list[int] = []
+        expected = self._expected(index.end_s, plan.slots)
+        next_slot = self._first_slot
         for pick, image in self._walk(index, plan, sampler, halt):
-            got.append(pick.slot)
+            self.missing += _runs(expected[slice(*np.searchsorted(expected, [next_slot, pick.slot]))])
+            next_slot = pick.slot + 1
             yield ArchivePicture(pick.slot, pick.time_s, image)
         if halt.is_set():
             return
-        if not got and self._first_slot == 0:
+        if next_slot == 0:
             raise UnsupportedMedia("no picture of the file can be decoded: it is empty or damaged")
-        self.missing = _runs(self._lost(index.end_s, plan.slots, np.array(got, np.int64)))
+        self.missing += _runs(expected[expected >= next_slot])
 
     def _walk(
         self, index: PacketIndex, plan: DecodePlan, sampler: Sampler, halt: Event
@@ -200,13 +202,13 @@ class ArchiveReader:
                 yield from decode(packet)
         yield from flush(stream)
 
-    def _lost(self, end_s: float, slots: NDArray[np.int64], got: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the slots that should have had a picture and have none."""
+    def _expected(self, end_s: float, slots: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the slots that should have a picture: those that the index promises, and a tail that was cut off."""
         stated_s = self.duration_s or 0.0
         if stated_s - end_s > 1.5 / self._fps:
             tail = np.arange(slot_of(end_s, self._fps), math.ceil(stated_s * self._fps - 1e-6), dtype=np.int64)
             slots = np.union1d(slots, tail[tail >= self._first_slot])
-        return np.setdiff1d(slots, got)
+        return slots
 
 
 def _stated_end_s(container: InputContainer, first_s: float) -> float:

@@ -183,14 +183,18 @@ class ArchiveWorker:
         with self._changed:
             self._reader = reader
         maker = KeyframeMaker(self._size_px)
+        known = 0
         with closing(reader.pictures(self._halt)) as pictures:
             for picture in pictures:
                 time_ms = milliseconds(picture.time_s)
                 keyframe = maker.make(picture.image)
+                with self._changed:  # before the picture: who goes on behind it does not look back
+                    self._missing += reader.missing[known:]
+                    known = len(reader.missing)
                 self._put(Frame(assignment.source_id, picture.slot, time_ms, keyframe, assignment.epoch))
         with self._changed:
             if not self._halt.is_set():
-                self._missing += reader.missing
+                self._missing += reader.missing[known:]
                 self._is_read = True
 
     def _put(self, frame: Frame) -> None:

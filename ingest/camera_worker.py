@@ -217,10 +217,11 @@ class CameraWorker:
 
     def _wait(self, reading: _Reading, fault: Exception, wait_s: float) -> None:
         state: CameraState = "auth_failed" if isinstance(fault, CameraAuthFailed) else "reconnecting"
-        logger.warning("%s %s: %s; next try in %.1f s", self.assignment.source_id, state, fault, wait_s)
         with self._lock:
             if reading.halt.is_set():
                 return
+            if (state, str(fault)) != (self._state, self._reason):  # not every try of a camera that is away for days
+                logger.warning("%s %s: %s; tried again until it answers", self.assignment.source_id, state, fault)
             self._set(state, str(fault))
             self._next_retry_at = time.time() + wait_s
         reading.beat_at = time.monotonic() + wait_s

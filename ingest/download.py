@@ -5,13 +5,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
 from urllib.parse import urljoin, urlsplit
+from uuid import uuid4
 
 import httpx
 
-from ingest.address import AddressPolicy, resolve_download
+from ingest.address import AddressPolicy, UnknownHost, resolve_download
 
 MAX_REDIRECTS = 5
-CHUNK_BYTES = 1 << 20
+_PASSING = frozenset({httpx.codes.REQUEST_TIMEOUT, httpx.codes.TOO_EARLY, httpx.codes.TOO_MANY_REQUESTS})
 
 
 class DownloadFailed(ConnectionError):
@@ -39,11 +40,12 @@ class Downloader:
 
         Raises BadUrl, DownloadFailed, DownloadTooLarge, OSError when the disk refuses.
         """
-        part = target.with_name(target.name + ".part")
+        # A name of its own: the thread of a former owner may still be at its last chunk of the same file.
+        part = target.with_name(f"{target.name}.{uuid4().hex}.part")
         try:
             with self._client() as client, self._response(client, url) as response, part.open("wb") as file:
                 size = 0
-                for chunk in response.iter_bytes(CHUNK_BYTES):
+                for chunk in response.iter_bytes():  # as they come: a slow server must not hide the halt
                     if halt.is_set():
                         return False
                     size += len(chunk)
@@ -51,6 +53,8 @@ class Downloader:
                     file.write(chunk)
             part.replace(target)
             return True
+        except UnknownHost as error:  # name servers have bad moments
+            raise DownloadFailed(str(error)) from None
         except httpx.TimeoutException:
             raise DownloadFailed("the server of the file sent nothing for too long") from None
         except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -73,7 +77,8 @@ class Downloader:
                     continue
                 if response.status_code != httpx.codes.OK:
                     raise DownloadFailed(
-                        f"the server of the file answered {response.status_code}", is_final=response.is_client_error
+                        f"the server of the file answered {response.status_code}",
+                        is_final=response.is_client_error and response.status_code not in _PASSING,
                     )
                 self._check_size(int(response.headers.get("content-length", "0")))
                 yield response

@@ -45,6 +45,7 @@ class IngestService:
         self._workers: dict[str, Worker] = {}
         self._unsent: dict[str, list[Missing]] = {}
         self._reported: dict[str, tuple[str, float]] = {}
+        self._troubles: dict[str, str] = {}  # what fails just now, and with what error: told once, not at every try
         self._size_px: int | None = None
         self._stopping = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -64,6 +65,8 @@ class IngestService:
             for task in late:
                 task.cancel()
             await asyncio.gather(*late, return_exceptions=True)
+        for worker in self._workers.values():  # one may have been claimed while the loops came to their end
+            worker.stop()
         held = self._held()
         self._workers.clear()
         if held:
@@ -169,19 +172,34 @@ class IngestService:
         errors = 0
         while batch:
             try:
-                self._settle(batch, await self._sink.put(batch))
-                return
+                receipt = await self._sink.put(batch)
             except SinkUnavailable as error:
-                logger.warning("%s the sink takes no frames: %s", self._owner, error)
+                self._note_trouble("sending frames", error)
             except Exception:
                 # The sink's own fault, such as a frame that it cannot stand: the other sources must not wait for ever.
                 logger.exception("%s the sink failed", self._owner)
                 errors += 1
-            if errors >= UNEXPECTED_ERRORS_A_BATCH or self._stopping.is_set():
+            else:
+                self._note_success("sending frames")
+                self._settle(batch, receipt)
+                return
+            if self._stopping.is_set():
                 self._shed(batch)
+                return
+            if errors >= UNEXPECTED_ERRORS_A_BATCH:
+                await self._put_apart(batch)
                 return
             await self._pause(SINK_RETRY_S)
             batch = [frame for frame in batch if self._epoch(frame.source_id) == frame.epoch]
+
+    async def _put_apart(self, batch: list[Frame]) -> None:
+        """Send the frames of a batch source by source, so that only the one that the sink cannot stand suffers."""
+        sources = self._by_worker(batch)
+        if len(sources) == 1:
+            self._shed(batch)
+            return
+        for _, frames in sources:
+            await self._put(frames)
 
     def _settle(self, batch: list[Frame], receipt: Receipt) -> None:
         epochs = {frame.source_id: frame.epoch for frame in batch}
@@ -207,15 +225,18 @@ class IngestService:
     async def _send_reports(self) -> None:
         while True:
             stopping = self._stopping.is_set()
-            for worker in list(self._workers.values()):
-                await self._guarded("reporting", partial(self._report, worker))
+            workers = list(self._workers.values())
+            for worker in workers:
+                worker.supervise(time.monotonic())
+            for worker in workers:
+                if not await self._guarded("reporting", partial(self._report, worker)):
+                    break  # the desk is away for all of them, and each try takes its time
             if stopping:
                 return
             await self._pause(self._settings.tick_s)
 
     async def _report(self, worker: Worker) -> None:
         """Report one source: its missing slots, then its state if that is new or due; finish it if it is over."""
-        worker.supervise(time.monotonic())
         is_over = worker.is_over
         source_id, epoch = worker.assignment.source_id, worker.assignment.epoch
         unsent = self._unsent.setdefault(source_id, [])
@@ -227,20 +248,34 @@ class IngestService:
         state, due_at = self._reported.get(source_id, ("", 0.0))
         if is_over or _state(report) != state or time.monotonic() >= due_at:
             await self._desk.report(source_id, epoch, report)
-            self._reported[source_id] = (_state(report), time.monotonic() + self._settings.report_s)
+            if self._workers.get(source_id) is worker:
+                self._reported[source_id] = (_state(report), time.monotonic() + self._settings.report_s)
         if is_over:
             await self._desk.release(self._owner, {source_id: epoch})
             if self._epoch(source_id) == epoch:
                 self._lose([source_id])
 
-    async def _guarded(self, doing: str, step: Callable[[], Awaitable[None]]) -> None:
-        """Run a step that is repeated anyway; what fails now is tried again the next time round."""
+    async def _guarded(self, doing: str, step: Callable[[], Awaitable[None]]) -> bool:
+        """Run a step that is repeated anyway; False if it is to be repeated because the other side is away."""
         try:
             await step()
         except (ConnectionError, SinkUnavailable) as error:
-            logger.warning("%s %s failed, to be repeated: %s", self._owner, doing, type(error).__name__)
+            self._note_trouble(doing, error)
+            return False
         except Exception:
             logger.exception("%s %s failed, to be repeated", self._owner, doing)
+        else:
+            self._note_success(doing)
+        return True
+
+    def _note_trouble(self, doing: str, error: Exception) -> None:
+        if self._troubles.get(doing) != str(error):
+            logger.warning("%s %s fails and is repeated until it succeeds: %s", self._owner, doing, error)
+        self._troubles[doing] = str(error)
+
+    def _note_success(self, doing: str) -> None:
+        if self._troubles.pop(doing, None) is not None:
+            logger.info("%s %s succeeds again", self._owner, doing)
 
     async def _pause(self, seconds: float) -> None:
         """Wait, but not beyond the beginning of the stop."""

@@ -1,6 +1,7 @@
 """Fetching archives from a real HTTP server, with its redirects, lies and failures."""
 
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Event
@@ -15,10 +16,11 @@ CONTENT = bytes(range(256)) * 1000
 
 
 class Files(BaseHTTPRequestHandler):
-    """Answers by path: /clip, /redirect?TARGET, /loop, /endless, /cut, /busy; anything else is not found."""
+    """Answers by path: /clip, /redirect?TARGET, /loop, /endless, /cut, /slow, /often, /busy; else not found."""
 
     protocol_version = "HTTP/1.1"
     asked: list[tuple[str, str]]
+    go_on: Event  # lets /slow come to its end
 
     def do_GET(self) -> None:
         self.asked.append((self.path, self.headers.get("Host", "")))
@@ -33,6 +35,12 @@ class Files(BaseHTTPRequestHandler):
             self._answer(200, {"Connection": "close"}, CONTENT * 8)
         elif path == "/cut":
             self._answer(200, {"Content-Length": str(2 * len(CONTENT)), "Connection": "close"}, CONTENT)
+        elif path == "/slow":
+            self._answer(200, {"Content-Length": str(len(CONTENT))}, CONTENT[:1000])
+            self.go_on.wait(20)
+            self.wfile.write(CONTENT[1000:])
+        elif path == "/often":
+            self._answer(429, {"Content-Length": "0"})
         elif path == "/busy":
             self._answer(503, {"Content-Length": "0"})
         else:
@@ -56,7 +64,9 @@ class Files(BaseHTTPRequestHandler):
 class Server:
     def __init__(self) -> None:
         self.asked: list[tuple[str, str]] = []
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Files,), {"asked": self.asked}))
+        self.go_on = Event()
+        handler = type("Handler", (Files,), {"asked": self.asked, "go_on": self.go_on})
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.port = self.http.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}"
 
@@ -67,6 +77,7 @@ def server() -> Iterator[Server]:
     thread = threading.Thread(target=server.http.serve_forever, args=(0.02,))
     thread.start()
     yield server
+    server.go_on.set()
     server.http.shutdown()
     thread.join()
     server.http.server_close()
@@ -115,7 +126,10 @@ def test_a_file_over_the_limit_is_given_up_whether_announced_or_not(server, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("path", "is_final"), [("/nothing", True), ("/loop", True), ("/busy", False), ("/cut", False)])
+PATHS = [("/nothing", True), ("/loop", True), ("/busy", False), ("/often", False), ("/cut", False)]
+
+
+@pytest.mark.parametrize(("path", "is_final"), PATHS)
 def test_what_goes_wrong_is_told_and_whether_to_try_again(server, tmp_path, path, is_final):
     with pytest.raises(DownloadFailed) as caught:
         downloader().fetch(server.url + path, tmp_path / "clip", Event())
@@ -135,3 +149,26 @@ def test_a_halted_download_leaves_nothing(server, tmp_path):
     halt.set()
     assert downloader().fetch(f"{server.url}/clip", tmp_path / "clip", halt) is False
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_host_is_worth_another_try(tmp_path):
+    with pytest.raises(DownloadFailed, match="does not resolve") as caught:
+        downloader().fetch("http://nowhere.invalid/clip", tmp_path / "clip", Event())
+    assert caught.value.is_final is False
+
+
+def test_an_owner_that_lost_a_download_does_not_disturb_the_next_one(server, tmp_path):
+    halt = Event()
+    former = threading.Thread(target=downloader().fetch, args=(f"{server.url}/slow", tmp_path / "clip", halt))
+    former.start()
+    deadline = time.monotonic() + 10
+    while not any(path.stat().st_size for path in tmp_path.iterdir()) and not server.asked:
+        assert time.monotonic() < deadline
+    halt.set()
+    loader = threading.Thread(target=downloader().fetch, args=(f"{server.url}/clip", tmp_path / "clip", Event()))
+    loader.start()
+    loader.join()
+    server.go_on.set()
+    former.join()
+    assert (tmp_path / "clip").read_bytes() == CONTENT
+    assert [path.name for path in tmp_path.iterdir()] == ["clip"]
