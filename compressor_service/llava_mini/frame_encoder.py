@@ -1,4 +1,4 @@
-"""The half of the model that looks: pixels to the rows that pre-fusion reads, and through it."""
+"""The half of the model that looks: pixels to frame tokens, and text through the same layers."""
 
 from typing import NamedTuple
 
@@ -9,15 +9,16 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from compressor_service.llava_mini.checkpoint import Checkpoint
 from compressor_service.llava_mini.compressor import Compressor
 from compressor_service.llava_mini.config import COMPRESSOR_HEADS
-from compressor_service.llava_mini.prefusion import PreFusion
+from compressor_service.llava_mini.prefusion import LayerStates, PreFusion
 from compressor_service.llava_mini.vision import VisionTower
 
 
 class Looked(NamedTuple):
-    """The rows of frames before pre-fusion (F, S, D), the compressed tokens last, and search vectors (F, P)."""
+    """One look at frames: their tokens (F, C2, D), search vectors (F, P), and what a text behind them needs."""
 
-    rows: Tensor
+    tokens: Tensor
     vectors: Tensor
+    states: LayerStates
 
 
 class FrameEncoder(nn.Module):
@@ -51,7 +52,7 @@ class FrameEncoder(nn.Module):
             checkpoint.weights.fill(module, prefix, dtype=dtype, device=device)
 
     def look(self, pixels: Tensor) -> Looked:
-        """Turn pixels (F, parts, 3, H, W) into what pre-fusion reads of them."""
+        """Look at pixels (F, parts, 3, H, W): the one pass behind every frame token, stored or not."""
         frames, parts = pixels.shape[:2]
         patches, vectors = self.tower(pixels.flatten(0, 1))
         patches = patches.reshape(frames, parts, *patches.shape[1:])  # (F, parts, N, V)
@@ -59,7 +60,20 @@ class FrameEncoder(nn.Module):
         detail = whole if parts == 1 else self._one_map(patches[:, :-1])
         compressed, _ = self.compressor(detail)
         seen = (whole, compressed) if parts == 1 else (detail, whole, compressed)
-        return Looked(torch.cat([self.projector(rows) for rows in seen], dim=1), vectors)
+        rows = torch.cat([self.projector(part) for part in seen], dim=1)
+        tokens, states = self.prefusion.look(rows, tokens=self._config.tokens_per_frame)
+        return Looked(tokens, vectors, states)
+
+    def fuse_text(self, plain: Tensor, visible: Tensor, seen: Looked) -> Tensor:
+        """Return the embeddings of a text (L, D) as every frame fuses them: (F, L, D).
+
+        Rows that are not `visible` (L,) stay plain: they take no position and no other row reads them, so they are
+        left out of the pass.
+        """
+        fused = plain.repeat(len(seen.tokens), 1, 1)
+        if visible.any():
+            fused[:, visible] = self.prefusion.read(fused[:, visible], seen.states)
+        return fused
 
     def _one_map(self, crops: Tensor) -> Tensor:
         """Lay the patches of R*R crops (F, R*R, N, V) out as one map of the picture (F, R*R*N, V), row by row."""

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
+from compressor_service.llava_mini.attention import causal_mask
+
 
 class ContextTooLong(ValueError):
     """More rows than the model can read; nothing is cut silently."""
@@ -96,7 +98,7 @@ class LanguageModel(nn.Module):
         past = 0 if cache is None else cache.length
         positions = torch.arange(past, past + rows.shape[1], device=rows.device)[None]
         turns = self.rotary(rows, position_ids=positions)
-        mask = _causal_mask(past, rows) if past and rows.shape[1] > 1 else None  # else the library's own is cheaper
+        mask = causal_mask(past, rows)
         for layer in self.layers:
             rows = layer(rows, attention_mask=mask, position_embeddings=turns, past_key_values=cache)
         if cache is not None:
@@ -149,9 +151,3 @@ def choose(logits: Tensor, sampling: Sampling, random: torch.Generator) -> Tenso
         likelier = ranked.cumsum(dim=-1) - ranked  # the mass before each: the likeliest id always stays
         chances = chances.scatter(-1, order, ranked.masked_fill(likelier >= sampling.top_p, 0.0))
     return torch.multinomial(chances, 1, generator=random)[:, 0]
-
-
-def _causal_mask(past: int, rows: Tensor) -> Tensor:
-    """Which of past + S keys each of S new rows may read: bool (S, past + S)."""
-    new = rows.shape[1]
-    return torch.ones(new, past + new, dtype=torch.bool, device=rows.device).tril(diagonal=past)

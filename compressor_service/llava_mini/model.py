@@ -109,7 +109,7 @@ class LlavaMini:
         tokens, vectors = [], []
         for chunk in self._chunks(pixels):
             seen = eyes.look(chunk)
-            tokens.append(eyes.prefusion(seen.rows)[:, -self.config.tokens_per_frame :])
+            tokens.append(seen.tokens)
             vectors.append(seen.vectors)
         return Encoded(torch.cat(tokens), torch.cat(vectors))
 
@@ -207,10 +207,8 @@ class LlavaMini:
         visible = (input_ids > 0).to(self.device)
         plain = self.embed_text(input_ids)
         for chunk in self._chunks(pixels):
-            seen = eyes.look(chunk).rows
-            rows = eyes.prefusion(seen, plain.expand(len(chunk), -1, -1), visible.expand(len(chunk), -1))
-            vision, fused = rows[:, : seen.shape[1]], rows[:, seen.shape[1] :]
-            yield vision[:, -self.config.tokens_per_frame :], torch.where(visible[:, None], fused, plain)
+            seen = eyes.look(chunk)
+            yield seen.tokens, eyes.fuse_text(plain, visible, seen)
 
     def _chunks(self, pixels: Tensor) -> Iterator[Tensor]:
         size = self.config.image_size
