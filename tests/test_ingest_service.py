@@ -56,7 +56,7 @@ async def test_a_camera_comes_online_and_its_frames_arrive_in_order(tmp_path):
     sink = MemorySink(size_px=336)
     with simulated_camera() as cam:
         desk = MemoryDesk(camera(cam.url))
-        async with running(desk, sink, tmp_path) as service:
+        async with running(desk, sink, tmp_path, max_sources=16) as service:
             await until(lambda: len(sink.frames) >= 3)
             await until(lambda: desk.states("str_cam")[-1:] == ["online"])
             assert service.stats() == {"owned": 1, "room": 15}
