@@ -7,6 +7,8 @@ from datetime import UTC, datetime, timedelta
 # Microseconds, as they are written, round a slot's begin by at most 3e-5 slots at 30 fps: this absorbs it.
 _SLACK_SLOTS = 1e-4
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+# The calendar's end, for videos too: every time that is taken can be written, and counted in slots of 64 bits.
+_MAX_S = (datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC) - _EPOCH).total_seconds()
 _RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)")
 
 STREAM_TIME_ADVICE = "Times of a stream are RFC 3339 with a zone, for example 2026-07-01T06:00:00Z."
@@ -14,24 +16,31 @@ VIDEO_TIME_ADVICE = "Times of a video are seconds since its start, for example 1
 
 
 def parse_stream_time(text: str) -> float:
-    """Return the Unix seconds of an RFC 3339 time. Raises ValueError."""
+    """Return the Unix seconds of an RFC 3339 time; in UTC it lies in the years 1 to 9999. Raises ValueError."""
     if not _RFC3339.fullmatch(text):
         raise ValueError(STREAM_TIME_ADVICE)
     try:
-        return (datetime.fromisoformat(text.upper()) - _EPOCH).total_seconds()
+        seconds = (datetime.fromisoformat(text.upper()).astimezone(UTC) - _EPOCH).total_seconds()
     except (ValueError, OverflowError):
         raise ValueError(STREAM_TIME_ADVICE) from None
+    if seconds > _MAX_S:
+        raise ValueError(STREAM_TIME_ADVICE)
+    return seconds
 
 
 def parse_video_time(text: str) -> float:
     """Return the seconds that `text` says. Raises ValueError."""
     try:
-        seconds = float(text)
+        return check_video_time(float(text))
     except ValueError:
         raise ValueError(VIDEO_TIME_ADVICE) from None
-    if not 0 <= seconds < math.inf:
+
+
+def check_video_time(seconds: float) -> float:
+    """Return seconds since a video's start as they are, if they can be that. Raises ValueError."""
+    if not 0 <= seconds <= _MAX_S:
         raise ValueError(VIDEO_TIME_ADVICE)
-    return seconds
+    return float(seconds)
 
 
 def write_stream_time(seconds: float) -> str:

@@ -3,7 +3,8 @@
 import asyncio
 import hashlib
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from redis.asyncio import Redis
 
 from qa_service.clock import write_stream_time
-from qa_service.errors import ValidationFailed
+from qa_service.errors import StreamTaken, ValidationFailed
 from qa_service.keys import Caller
 from qa_service.schemas import (
     Retention,
@@ -40,6 +41,7 @@ from store.sources import (
     Sources,
     Stream,
     StreamChanges,
+    StreamExists,
     StreamStatus,
     Video,
     VideoNotFound,
@@ -89,14 +91,16 @@ class SourceControl:
     ) -> StreamBody:
         """Register a camera and return it, after at most `wait_s` seconds for its first frame or its failure.
 
-        Raises BadUrl, StreamExists, SourceForbidden and, for a repeated `key` that does not fit, IdempotencyConflict.
+        Raises BadUrl, StreamTaken, SourceForbidden and, for a repeated `key` that does not fit, IdempotencyConflict.
         """
         caller.require_new_sources()
 
         async def create() -> StreamBody:
             await self._check_camera_url(request.url)
             fields = request.model_dump(exclude={"retention"})
-            stream = await self._sources.create_stream(NewStream(**fields, retention_hours=request.retention.hours))
+            new = NewStream(**fields, retention_hours=request.retention.hours)
+            with _taken_as_seen_by(caller):
+                stream = await self._sources.create_stream(new)
             return await self._stream_body(stream)
 
         # Without the password: what is kept of the request must not help to guess it.
@@ -122,7 +126,7 @@ class SourceControl:
         return StreamList(data=data, has_more=page.next_cursor is not None, next_cursor=page.next_cursor)
 
     async def update_stream(self, caller: Caller, stream_id: str, patch: StreamPatch) -> StreamBody:
-        """Change the fields that are given. Raises StreamNotFound, StreamExists, StateConflict and BadUrl."""
+        """Change the fields that are given. Raises StreamNotFound, StreamTaken, StateConflict and BadUrl."""
         caller.require_source(stream_id)
         await self._sources.get_stream(stream_id)
         if "url" in patch.model_fields_set:
@@ -133,7 +137,9 @@ class SourceControl:
         if "password" in patch.model_fields_set:
             changes["password"] = None if patch.password is None else patch.password.get_secret_value()
         typed: StreamChanges = changes
-        return await self._stream_body(await self._sources.update_stream(stream_id, **typed))
+        with _taken_as_seen_by(caller):
+            stream = await self._sources.update_stream(stream_id, **typed)
+        return await self._stream_body(stream)
 
     async def delete_stream(self, caller: Caller, stream_id: str, *, purge: bool) -> StreamDeleted:
         """Unlist a stream; with `purge` its memory is erased at once. Raises StreamNotFound."""
@@ -272,6 +278,21 @@ class SourceControl:
 
     async def _stream_body(self, stream: Stream) -> StreamBody:
         return _stream_body(stream, await self._sources.status(stream.id))
+
+
+@contextmanager
+def _taken_as_seen_by(caller: Caller) -> Iterator[None]:
+    """Tell which stream has the name or the address, but not to a caller who may not see that one."""
+    try:
+        yield
+    except StreamExists as error:
+        seen = caller.may_see(error.existing_id)
+        raise StreamTaken(
+            f"{error.existing_id if seen else 'Another stream'} has this {error.field}; change that one, or choose "
+            f"another {error.field}.",
+            param=error.field,
+            details={"stream_id": error.existing_id} if seen else None,
+        ) from None
 
 
 def _stream_body(stream: Stream, status: StreamStatus) -> StreamBody:

@@ -67,21 +67,27 @@ class RangeReader:
 
     async def source(self, source_id: str) -> Source:
         """Return a stream, deleted ones with memory included, or a video, by its id."""
+        source = await self._found(source_id)
+        if source is None:
+            raise (VideoNotFound if source_id.startswith("vid_") else StreamNotFound)(source_id)
+        return source
+
+    async def _found(self, source_id: str) -> Source | None:
         try:
             return await self._sources.source(source_id)
         except SourceNotFound:
-            raise (VideoNotFound if source_id.startswith("vid_") else StreamNotFound)(source_id) from None
+            return None
 
     async def stream(self, stream_id: str) -> Stream:
         """Return a stream by its id."""
-        source = await self.source(stream_id)
+        source = await self._found(stream_id)
         if not isinstance(source, Stream):
             raise StreamNotFound(stream_id)
         return source
 
     async def video(self, video_id: str) -> Video:
         """Return a video by its id."""
-        source = await self.source(video_id)
+        source = await self._found(video_id)
         if not isinstance(source, Video):
             raise VideoNotFound(video_id)
         return source

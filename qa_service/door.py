@@ -5,6 +5,7 @@ import re
 import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -61,6 +62,8 @@ class Door:
                 if self._rate is not None:
                     await self._rate.count(caller)
             await self._app(scope, self._limited(headers, receive), send_with_id)
+        except ClientDisconnect:
+            logger.info("%s: the client went away in the middle of its request", request_id)
         except Exception as error:  # the last net: nobody is told a traceback, nothing goes unlogged
             if not is_known(error):
                 logger.exception("%s: %s %s failed", request_id, scope["method"], scope["path"])

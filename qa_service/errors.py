@@ -13,7 +13,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from store.connection import StoreUnavailable
 from store.idempotency import IdempotencyConflict
-from store.sources import BadCursor, SourceNotFound, StreamExists, StreamNotFound, VideoNotFound
+from store.sources import BadCursor, SourceNotFound, StreamNotFound, VideoNotFound
 from store.sources import StateConflict as SourceStateConflict
 from store.timeline import FrameNotKept
 
@@ -96,6 +96,10 @@ class ScopeMissing(ServiceError, PermissionError):
 
 class SourceForbidden(ServiceError, PermissionError):
     """The API key may not see this source."""
+
+
+class StreamTaken(ServiceError, ValueError):
+    """Another stream has the same name or address."""
 
 
 class StateConflict(ServiceError, RuntimeError):
@@ -182,7 +186,7 @@ TABLE: Mapping[type[Exception], Reply] = {
     FrameMissing: Reply(404, "frame_not_kept"),
     FrameNotKept: Reply(404, "frame_not_kept", "The frame of this time is not kept."),
     BadCursor: Reply(422, "validation_failed"),
-    StreamExists: Reply(409, "stream_exists"),
+    StreamTaken: Reply(409, "stream_exists"),
     SourceStateConflict: Reply(409, "state_conflict"),
     IdempotencyConflict: Reply(409, "state_conflict"),
     StateConflict: Reply(409, "state_conflict"),

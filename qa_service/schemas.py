@@ -2,10 +2,12 @@
 
 import base64
 import binascii
-import math
+import unicodedata
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -21,7 +23,8 @@ from pydantic_core import PydanticCustomError
 from qa_service import clock
 
 BAD_TIME_RANGE = "bad_time_range"  # the type of validation errors that have a code of their own
-RANGE_TAGS = frozenset({"a stream's range", "a video's range", "an id"})  # stand in the paths of validation errors
+PATH_TAGS = frozenset({"a stream's range", "a video's range", "an id", "constrained-int", "literal['auto']", "[key]"})
+"""What pydantic puts in the paths of validation errors besides fields."""
 
 Time = str | float
 """How a time is written: RFC 3339 for a stream, seconds for a video."""
@@ -37,9 +40,12 @@ def _stream_seconds(value: object) -> float:
 
 
 def _video_seconds(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, int | float):
         raise PydanticCustomError(BAD_TIME_RANGE, clock.VIDEO_TIME_ADVICE)
-    return float(value)
+    try:
+        return clock.check_video_time(value)
+    except ValueError:
+        raise PydanticCustomError(BAD_TIME_RANGE, clock.VIDEO_TIME_ADVICE) from None
 
 
 StreamTime = Annotated[
@@ -48,10 +54,24 @@ StreamTime = Annotated[
     Field(json_schema_extra={"format": "date-time"}),
 ]
 VideoTime = Annotated[float, BeforeValidator(_video_seconds, json_schema_input_type=float)]
-Name = Annotated[str, Field(min_length=1, max_length=200)]
-Label = Annotated[str, Field(max_length=200)]
-Labels = Annotated[dict[Annotated[str, Field(min_length=1, max_length=64)], Label], Field(max_length=32)]
-Fps = Annotated[float, Field(gt=0, le=30, allow_inf_nan=False, description="Frames a second that are remembered.")]
+
+
+def _printable(text: str) -> str:
+    """Refuse what no camera or person is called by, and what would take over a terminal that shows it."""
+    if not all(unicodedata.category(character) not in _CONTROLS for character in text):
+        raise PydanticCustomError("control_character", "Control characters have no place here.")
+    return text
+
+
+_CONTROLS = frozenset({"Cc", "Zl", "Zp"})
+Text = Annotated[str, AfterValidator(_printable)]
+Name = Annotated[Text, Field(min_length=1, max_length=200, pattern=r"\S")]
+Label = Annotated[Text, Field(max_length=200)]
+LabelName = Annotated[Text, Field(min_length=1, max_length=64)]
+Labels = Annotated[dict[LabelName, Label], Field(max_length=32)]
+Username = Annotated[Text, Field(max_length=200)]
+Password = Annotated[SecretStr, Field(max_length=1000)]
+Fps = Annotated[float, Field(ge=0.001, le=30, allow_inf_nan=False, description="Frames a second that are remembered.")]
 Url = Annotated[str, Field(min_length=1, max_length=2000)]
 
 
@@ -124,8 +144,8 @@ class StreamRequest(Body):
 
     name: Name
     url: Url = Field(description="rtsp:// or rtsps:// address, without user name and password.")
-    username: Annotated[str, Field(max_length=200)] | None = None
-    password: SecretStr | None = Field(default=None, description="Write-only: no response ever holds it.")
+    username: Username | None = None
+    password: Password | None = Field(default=None, description="Write-only: no response ever holds it.")
     transport: Literal["tcp", "udp"] = "tcp"
     fps: Fps = 1
     labels: Labels = Field(default_factory=dict)
@@ -140,8 +160,8 @@ class StreamPatch(Body):
 
     name: Name = ""
     url: Url = ""
-    username: Annotated[str, Field(max_length=200)] | None = None
-    password: SecretStr | None = None
+    username: Username | None = None
+    password: Password | None = None
     transport: Literal["tcp", "udp"] = "tcp"
     fps: Fps = 1
     labels: Labels = Field(default_factory=dict)
@@ -304,22 +324,30 @@ class VideoRange(Body):
     end: VideoTime | None = Field(default=None, description="Left out: the end of the video.")
 
 
-def _kind_of_range(value: Any) -> str:
-    if isinstance(value, str):
-        return "an id"
-    names = value if isinstance(value, dict) else getattr(value, "model_fields_set", ())
-    return "a video's range" if "video_id" in names and "stream_id" not in names else "a stream's range"
+def _kind_of_range(value: Any) -> str | None:
+    fields = value if isinstance(value, dict) else getattr(value, "model_fields_set", ())
+    kinds = {"stream_id": "a stream's range", "video_id": "a video's range"}
+    named = [kind for field, kind in kinds.items() if field in fields]
+    return named[0] if len(named) == 1 else None
+
+
+def _kind_of_source(value: Any) -> str | None:
+    return "an id" if isinstance(value, str) else _kind_of_range(value)
+
+
+def _told(kind_of: Callable[[Any], str | None], advice: str) -> Discriminator:
+    return Discriminator(kind_of, custom_error_type="kind_of_source", custom_error_message=advice)
 
 
 SourceRange = Annotated[
     Annotated[StreamRange, Tag("a stream's range")] | Annotated[VideoRange, Tag("a video's range")],
-    Discriminator(_kind_of_range),
+    _told(_kind_of_range, "Name either `stream_id` or `video_id`."),
 ]
 SourceOrRange = Annotated[
     Annotated[StreamRange, Tag("a stream's range")]
     | Annotated[VideoRange, Tag("a video's range")]
     | Annotated[str, Tag("an id"), Field(max_length=64)],
-    Discriminator(_kind_of_range),
+    _told(_kind_of_source, "Give the id of a source, or an object with either `stream_id` or `video_id`."),
 ]
 
 

@@ -2,7 +2,16 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+)
 
 Scope = Literal["streams:read", "streams:write", "ask", "admin"]
 
@@ -74,6 +83,7 @@ class ApiSettings(BaseModel):
         default=(),
         description="API keys as JSON: name, sha256 of the key, scopes, sources. None: everything is allowed.",
     )
+
     requests_per_minute: PositiveInt | None = Field(
         default=None, description="Requests a minute that a key may make. Empty: no limit."
     )
@@ -82,3 +92,11 @@ class ApiSettings(BaseModel):
     max_wait_s: PositiveFloat = Field(default=60, description="Longest `?wait=` for the first frame of a stream.")
     sse_ping_s: PositiveFloat = Field(default=15, description="Pause after which an event stream sends a comment.")
     probe_timeout_s: PositiveFloat = Field(default=5, description="Time that a part has to say that it is ready.")
+
+    @field_validator("keys")
+    @classmethod
+    def _told_apart(cls, keys: tuple[ApiKey, ...]) -> tuple[ApiKey, ...]:
+        # The rate limit and repeated requests are kept by name.
+        if len({key.name for key in keys}) < len(keys) or len({key.sha256 for key in keys}) < len(keys):
+            raise ValueError("two API keys have the same name or the same sha256")
+        return keys

@@ -4,10 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qa_service.errors import BadTimeRange, InvalidJson, ServiceError, ValidationFailed
-from qa_service.schemas import BAD_TIME_RANGE, RANGE_TAGS
+from qa_service.schemas import BAD_TIME_RANGE, PATH_TAGS
 
 MAX_ERRORS = 20
 MAX_PATH_CHARS = 200  # names of unknown fields come from the caller
+_NO_OBJECT = frozenset({"missing", "model_type", "model_attributes_type"})
 _PLACES = frozenset({"body", "query", "path", "header"})
 
 
@@ -18,6 +19,8 @@ def refusal(errors: Sequence[Mapping[str, Any]]) -> ServiceError:
         return InvalidJson("The body is not valid JSON.")
     if first["type"] == BAD_TIME_RANGE:
         return BadTimeRange(first["msg"], param=_path(first["loc"]))
+    if _path(first["loc"]) is None and first["type"] in _NO_OBJECT:
+        return ValidationFailed("Send a JSON object, with the header `Content-Type: application/json`.")
     told = [{"param": _path(error["loc"]), "message": error["msg"]} for error in errors[:MAX_ERRORS]]
     param = told[0]["param"]
     return ValidationFailed(f"{param or 'The body'}: {told[0]['message']}", param=param, details={"errors": told})
@@ -30,6 +33,6 @@ def _path(places: Sequence[str | int]) -> str | None:
     for place in inside:
         if isinstance(place, int):
             written += f"[{place}]"
-        elif place not in RANGE_TAGS:
+        elif place not in PATH_TAGS:
             written += f".{place}"
     return written.removeprefix(".")[:MAX_PATH_CHARS] or None

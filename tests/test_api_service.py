@@ -106,6 +106,57 @@ async def test_a_key_limited_to_sources_sees_no_other(redis, checkpoint, tmp_pat
             assert code(response) == (403, "source_forbidden"), response.request
 
 
+async def test_a_taken_name_does_not_tell_a_limited_key_of_the_other_stream(redis, checkpoint, tmp_path):
+    async with open_parts(redis, checkpoint, tmp_path) as parts:
+        own, _ = await parts.stream(name="own")
+        other, _ = await parts.stream(name="other")
+    keys = (api_key("guest", "streams:write", sources={own.id}), api_key("boss", "admin"))
+    async with open_parts(redis, checkpoint, tmp_path, api=ApiSettings(keys=keys)) as parts, parts.client() as client:
+        rename = {"url": f"/v1/streams/{own.id}", "json": {"name": "other"}}
+        for name, seen in (("guest", False), ("boss", True)):
+            refused = await client.patch(**rename, headers=bearer(name))
+            assert code(refused) == (409, "stream_exists")
+            assert (other.id in refused.text) is seen
+
+
+def test_keys_of_one_name_would_share_rates_and_repeated_requests():
+    twice = (api_key("ops", "ask"), api_key("ops", "admin"))
+    same = (api_key("ops", "ask"), api_key("ops", "ask").model_copy(update={"name": "dev"}))
+    for keys in (twice, same):
+        with pytest.raises(ValueError, match="same name or the same sha256"):
+            ApiSettings(keys=keys)
+
+
+async def test_a_client_that_goes_away_in_its_request_is_no_failure(parts, caplog):
+    async def receive():
+        return {"type": "http.disconnect"}
+
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    for content_type in (b"application/json", b"multipart/form-data; boundary=x"):
+        headers = [(b"content-type", content_type)]
+        scope = {"type": "http", "method": "POST", "path": "/v1/videos", "query_string": b"", "headers": headers}
+        await parts.api(scope, receive, send)
+    assert not sent
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+    assert not list(parts.uploads.iterdir())
+
+
+async def test_a_body_that_is_no_json_object_is_told_how_to_be_one(client):
+    text = {"content-type": "text/plain"}
+    for response in (
+        await client.post("/v1/questions", content=b'{"question": "a"}', headers=text),
+        await client.post("/v1/questions"),
+        await client.post("/v1/streams", json=[]),
+        await client.post("/v1/videos", json=[]),
+    ):
+        assert code(response) == (422, "validation_failed")
+        assert "Content-Type: application/json" in response.json()["error"]["message"]
+
+
 async def test_requests_beyond_the_rate_are_told_when_to_come_back(redis, checkpoint, tmp_path):
     keys = (api_key("fast", "admin"), api_key("calm", "admin"))
     settings = ApiSettings(keys=keys, requests_per_minute=3)

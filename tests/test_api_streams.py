@@ -100,8 +100,10 @@ async def test_names_and_addresses_are_taken_once(client):
     await client.post("/v1/streams", json=CAMERA)
     same_name = {**CAMERA, "url": "rtsp://203.0.113.7/two"}
     same_url = {**CAMERA, "name": "gate"}
-    for taken in (same_name, same_url):
-        assert code(await client.post("/v1/streams", json=taken)) == (409, "stream_exists")
+    for taken, param in ((same_name, "name"), (same_url, "url")):
+        refused = await client.post("/v1/streams", json=taken)
+        assert code(refused) == (409, "stream_exists")
+        assert refused.json()["error"]["param"] == param
 
 
 async def test_fps_is_fixed_while_frames_are_kept(parts, client):
@@ -194,6 +196,14 @@ async def test_a_request_that_failed_may_be_repeated_with_its_key(client):
         ({**CAMERA, "fps": float("nan")}, "fps"),
         ({**CAMERA, "retention": {"hours": float("inf")}}, "retention.hours"),
         ({**CAMERA, "url": "rtsp://203.0.113.7/" + "x" * 1990}, "url"),
+        ({**CAMERA, "name": " "}, "name"),
+        ({**CAMERA, "name": "yard\x1b[31m"}, "name"),
+        ({**CAMERA, "name": "\ud800"}, "name"),
+        ({**CAMERA, "labels": {"site\n": "north"}}, "labels.site\n"),
+        ({**CAMERA, "labels": {"site": "north\x00"}}, "labels.site"),
+        ({**CAMERA, "username": "a\r\nb"}, "username"),
+        ({**CAMERA, "password": "p" * 1001}, "password"),
+        ({**CAMERA, "fps": 1e-300}, "fps"),
         ({**CAMERA, "colour": "red"}, "colour"),
         ([], None),
     ],
