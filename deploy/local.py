@@ -6,14 +6,20 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from ipaddress import ip_address
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from deploy.settings import Settings
 
+if TYPE_CHECKING:  # Ray is imported when it is started, not for every command
+    from ray.serve.schema import ApplicationStatusOverview
+
 EMBEDDED_MODEL = "untrained-model"
 EMBEDDED_MODEL_DTYPE = "float32"  # a small model is quickest so on a CPU, and its tokens need little room anyway
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class CannotServe(RuntimeError):
@@ -51,6 +57,18 @@ def free_port(host: str, port: int) -> int:
         return int(probe.getsockname()[1])
 
 
+def check_model(checkpoint: str) -> None:
+    """Raise CannotServe if no model can be loaded from `checkpoint`: the replicas would try again and again."""
+    from compressor_service.llava_mini.checkpoint import BadCheckpoint, open_checkpoint
+    from compressor_service.llava_mini.prompt import Prompt
+
+    try:
+        open_checkpoint(checkpoint)
+        Prompt.from_pretrained(checkpoint)
+    except BadCheckpoint as error:
+        raise CannotServe(f"the model of TOKENLINE_MODEL__CHECKPOINT cannot be loaded: {error}") from None
+
+
 def with_embedded_model(settings: Settings) -> Settings:
     """Name the small embedded model if no other is named; it is written to the data folder."""
     if settings.model.checkpoint is not None:
@@ -59,7 +77,9 @@ def with_embedded_model(settings: Settings) -> Settings:
 
     folder = settings.store.data_dir.resolve() / EMBEDDED_MODEL
     if not folder.exists():
-        write_untrained_checkpoint(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder.parent) as unfinished:  # an interrupted start must not leave half a model
+            write_untrained_checkpoint(Path(unfinished) / EMBEDDED_MODEL).rename(folder)
     model = settings.model.model_copy(
         update={"checkpoint": str(folder), "dtype": settings.model.dtype or EMBEDDED_MODEL_DTYPE}
     )
@@ -82,10 +102,16 @@ def needed_cpus(settings: Settings) -> int:
 
 @contextmanager
 def serving(settings: Settings) -> Iterator[str]:
-    """Run the service and yield its base URL; everything it started is stopped on the way out."""
+    """Run the service and yield its base URL; everything it started is stopped on the way out.
+
+    SIGINT and SIGTERM raise KeyboardInterrupt, once: what is being stopped is stopped to the end. Raises CannotServe.
+    """
     check_host(settings)
     from store.connection import EmbeddedRedis
 
+    if settings.model.checkpoint is not None:
+        check_model(settings.model.checkpoint)
+    _interrupt_once()
     with ExitStack() as stack:
         redis_url = settings.store.redis_url
         if redis_url is None:
@@ -100,50 +126,82 @@ def _shown_host(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
+def _interrupt_once() -> None:
+    def interrupt(*_: object) -> None:
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for number in _SIGNALS:
+        signal.signal(number, interrupt)
+
+
 @contextmanager
 def _ray(settings: Settings) -> Iterator[None]:
     # Ray reads these when it is imported and started: no usage statistics leave the machine, no log line is repeated.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     import ray
+
+    root = str(Path(__file__).parent.parent)
+    try:
+        ray.init(
+            num_cpus=needed_cpus(settings),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            runtime_env={"env_vars": {"PYTHONPATH": root}},
+        )
+        _interrupt_once()  # again: Ray has put a handler of its own in its place
+        with _application(settings):
+            yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _application(settings: Settings) -> Iterator[None]:
     from ray import serve
 
     from deploy.app import APPLICATION, build
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    root = str(Path(__file__).parent.parent)
-    ray.init(
-        num_cpus=needed_cpus(settings),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        runtime_env={"env_vars": {"PYTHONPATH": root}},
+    serve.start(
+        http_options={
+            "host": settings.serve.host,
+            "port": settings.serve.port,
+            "request_timeout_s": settings.serve.request_timeout_s,
+        },
+        logging_config={"log_level": "WARNING", "enable_access_log": False},
     )
     try:
-        serve.start(
-            http_options={
-                "host": settings.serve.host,
-                "port": settings.serve.port,
-                "request_timeout_s": settings.serve.request_timeout_s,
-            },
-            logging_config={"log_level": "WARNING", "enable_access_log": False},
-        )
-        serve.run(build(settings), name=APPLICATION, route_prefix="/")
+        application = build(settings)
+        try:
+            serve.run(application, name=APPLICATION, route_prefix="/")
+        except RuntimeError:  # Serve's own words name the deployment, and not what is wrong with it
+            raise CannotServe(why_not_running(serve.status().applications[APPLICATION])) from None
         yield
     finally:
         # Not serve.shutdown(): it kills its controller in the middle of its work, and Ray complains of it.
         serve.delete(APPLICATION)
-        ray.shutdown()
+
+
+def why_not_running(application: "ApplicationStatusOverview") -> str:
+    """Tell which deployments cannot start, each with the last line of what its replica raised."""
+    reasons = [
+        f"{name} cannot start: {([line for line in one.message.splitlines() if line.strip()] or ['unknown'])[-1]}"
+        for name, one in application.deployments.items()
+        if one.status in ("DEPLOY_FAILED", "UNHEALTHY")
+    ]
+    return "; ".join(reasons) or f"the service cannot start: {application.message}"
 
 
 def run(settings: Settings) -> None:
     """Keep the service up until interrupted, and print where it is."""
-    stopped = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stopped.set())
     with serving(settings) as url:
         print(f"API   {url}/v1\ndocs  {url}/docs")
         if not settings.api.keys:
             print("No API key is configured: the service listens to this machine only and lets every caller in.")
         print("Ctrl-C stops it.", flush=True)
-        stopped.wait()
+        with suppress(KeyboardInterrupt):
+            threading.Event().wait()

@@ -210,6 +210,19 @@ def test_the_service_refuses_to_listen_beyond_this_machine_without_a_key(capsys)
     assert "TOKENLINE_API__KEYS" in capsys.readouterr().err
 
 
+def test_a_model_that_cannot_be_loaded_ends_the_run_in_one_line(monkeypatch, capsys, tmp_path):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setenv("TOKENLINE_STORE__DATA_DIR", str(tmp_path / "data"))
+    for folder in ("gone", "empty"):
+        monkeypatch.setenv("TOKENLINE_MODEL__CHECKPOINT", str(tmp_path / folder))
+        assert run_command(["run"]) == 1
+        told = capsys.readouterr().err
+        assert "TOKENLINE_MODEL__CHECKPOINT" in told
+        assert folder in told
+        assert "Traceback" not in told
+    assert not (tmp_path / "data").exists()  # nothing was started
+
+
 def test_a_missing_settings_file_is_named(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("TOKENLINE_CONFIG", str(tmp_path / "gone.yaml"))
     assert run_command(["run"]) == 1
