@@ -100,8 +100,8 @@ class Encoder:
         """Return unit vectors (n, P). Raises SearchUnavailable."""
         if self._text is None:
             raise SearchUnavailable(
-                f"{self._name} brings a vision tower without CLIP's text half: let mm_vision_tower in its config.json "
-                "name a folder with the whole CLIP model (safetensors) and its tokenizer"
+                f"{self._name} brings a vision tower without CLIP's text half: put the whole CLIP model (safetensors) "
+                "and its tokenizer into a folder 'clip' in the checkpoint's own"
             )
         if not texts:
             return np.empty((0, self.format.vector_width), np.float32)

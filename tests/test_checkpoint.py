@@ -7,6 +7,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, CLIPModel
 
 from compressor_service.llava_mini import BadCheckpoint, LlavaMini
 from compressor_service.llava_mini.checkpoint import describe, open_checkpoint
@@ -69,10 +70,7 @@ def test_shards_are_read_as_one(folder, expected):
 
 def test_the_tower_may_lie_inside_the_checkpoint(folder, expected):
     before = describe(folder, "float32").fingerprint
-    tower = load_file(folder / "clip" / "model.safetensors")
-    inside = {f"model.vision_tower.vision_tower.{name}": tensor for name, tensor in tower.items()}
-    save_file(load_file(folder / "model.safetensors") | inside, folder / "model.safetensors")
-    (folder / "clip" / "model.safetensors").unlink()
+    inside(folder)
     assert torch.equal(LlavaMini.from_pretrained(folder).encode_frames(pictures()), expected)
     assert open_checkpoint(folder).fingerprint("float32") == before
 
@@ -80,6 +78,152 @@ def test_the_tower_may_lie_inside_the_checkpoint(folder, expected):
 def test_the_tower_may_be_named_relative_to_the_checkpoint(folder, expected):
     configure(folder, mm_vision_tower="clip")
     assert torch.equal(LlavaMini.from_pretrained(folder).encode_frames(pictures()), expected)
+
+
+PUBLISHED_CONFIG = {
+    "architectures": ["LlavaMiniLlamaForCausalLM"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 128000,
+    "eos_token_id": [128001, 128008, 128009],
+    "freeze_mm_mlp_adapter": False,
+    "image_aspect_ratio": "pad",
+    "initializer_range": 0.02,
+    "mm_patch_merge_type": "flat",
+    "mm_projector_lr": None,
+    "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+    "pretraining_tp": 1,
+    "rope_scaling": {
+        "factor": 8.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "tokenizer_padding_side": "right",
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.43.1",
+    "tune_mm_mlp_adapter": False,
+    "unfreeze_mm_vision_tower": True,
+    "use_cache": True,
+    "use_mm_proj": True,
+    "some_key_of_a_later_version": {"any": "thing"},
+}
+"""As a training run of the published code leaves it, beside the sizes of the small checkpoint."""
+
+
+def inside(folder):
+    """Move the tower into the checkpoint, as training it leaves it; its folder keeps its config alone."""
+    tower = load_file(folder / "clip" / "model.safetensors")
+    moved = {f"model.vision_tower.vision_tower.{name}": tensor for name, tensor in tower.items()}
+    save_file(load_file(folder / "model.safetensors") | moved, folder / "model.safetensors")
+    (folder / "clip" / "model.safetensors").unlink()
+
+
+def test_a_checkpoint_as_training_leaves_it_needs_no_hub(folder, expected):
+    inside(folder)
+    shard(folder)
+    configure(folder, **PUBLISHED_CONFIG)
+    model = LlavaMini.from_pretrained(str(folder))
+    assert model.config.llama.rope_parameters["rope_type"] == "llama3"
+    assert model.config.image_aspect_ratio == "pad"
+    tokens = model.encode_frames(pictures())
+    assert tokens.shape == expected.shape
+    assert not torch.equal(tokens, expected)  # the other rope scaling is heeded
+    assert LlavaMini.from_pretrained(folder, dtype="bfloat16").encode_frames(pictures()).dtype == torch.bfloat16
+
+
+def test_a_folder_beside_the_weights_stands_in_for_a_tower_on_a_hub(folder, expected):
+    configure(folder, mm_vision_tower="nobody/nothing")
+    assert torch.equal(LlavaMini.from_pretrained(folder).encode_frames(pictures()), expected)
+
+
+def test_a_tower_on_a_hub_that_cannot_be_had_says_where_to_put_it(folder):
+    inside(folder)
+    configure(folder, mm_vision_tower="nobody/nothing")
+    (folder / "clip" / "config.json").unlink()
+    with pytest.raises(BadCheckpoint, match=r"'nobody/nothing', and no such .* a folder 'clip' in the"):
+        LlavaMini.from_pretrained(folder)
+
+
+def test_a_tower_without_safetensors_says_where_to_put_them(folder):
+    (folder / "clip" / "model.safetensors").unlink()
+    with pytest.raises(BadCheckpoint, match=r"vision tower of mm_vision_tower: clip has no weights.* a folder 'clip'"):
+        LlavaMini.from_pretrained(folder)
+
+
+def test_folders_of_a_hub_s_cache_go_by_the_name_that_was_asked_for(tmp_path):
+    folder = tmp_path / "models--someone--llava-mini" / "snapshots" / "0123456789abcdef"
+    folder.mkdir(parents=True)
+    with pytest.raises(BadCheckpoint, match=r"^someone/llava-mini has no config\.json"):
+        LlavaMini.from_pretrained(folder)
+
+
+def test_the_readme_s_conversion_of_a_pickled_clip_gives_the_search_for_text(tmp_path):
+    """The one tower of the published checkpoint is on the hub as pickles: converted once by its user, it is whole."""
+    folder = write_untrained_checkpoint(tmp_path / "model")
+    before = describe(folder, "float32")
+    pickled = folder / "clip"
+    torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+    with pytest.raises(BadCheckpoint, match="only as pickles"):
+        describe(folder, "float32")
+    converted = pickled.rename(tmp_path / "pickled")
+    CLIPModel.from_pretrained(converted).save_pretrained(folder / "clip")
+    AutoTokenizer.from_pretrained(converted).save_pretrained(folder / "clip")
+    configure(folder, mm_vision_tower="openai/clip-vit-large-patch14-336")
+    after = open_checkpoint(folder)
+    assert after.clip is not None
+    assert after.clip.reads_text
+    assert after.fingerprint("float32") == before.fingerprint
+
+
+PUBLISHED_CLIP = {
+    "_name_or_path": "openai/clip-vit-large-patch14-336",
+    "architectures": ["CLIPModel"],
+    "initializer_factor": 1.0,
+    "logit_scale_init_value": 2.6592,
+    "model_type": "clip",
+    "projection_dim": 768,
+    "text_config": {
+        "_name_or_path": "",
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "model_type": "clip_text_model",
+        "num_attention_heads": 12,
+        "projection_dim": 768,
+        "torch_dtype": None,
+        "torchscript": False,
+    },
+    "torch_dtype": "float32",
+    "transformers_version": None,
+    "vision_config": {
+        "_name_or_path": "",
+        "hidden_size": 1024,
+        "image_size": 336,
+        "intermediate_size": 4096,
+        "model_type": "clip_vision_model",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 24,
+        "patch_size": 14,
+        "projection_dim": 768,
+        "torch_dtype": None,
+        "torchscript": False,
+    },
+}
+
+
+def test_the_config_of_the_published_tower_is_read(folder):
+    inside(folder)
+    (folder / "clip" / "config.json").write_text(json.dumps(PUBLISHED_CLIP))
+    config = open_checkpoint(folder).config
+    assert (config.vision_width, config.image_size, config.patch_size, config.grid) == (1024, 336, 14, 24)
+    assert (config.vision.num_hidden_layers, config.vision_select_layer, config.vision.hidden_act) == (
+        24,
+        23,
+        "quick_gelu",
+    )
 
 
 def test_a_tower_saved_without_its_outer_name_is_read(folder, expected):
@@ -170,7 +314,8 @@ def test_a_broken_config_is_refused(folder, content, message):
         ({"mm_hidden_size": 64}, "mm_hidden_size is 64"),
         ({"compressor_size": 0}, "compressor_size is 0"),
         ({"compressor_size": "two"}, "compressor_size is 'two'"),
-        ({"mm_vision_tower": None}, "mm_vision_tower names no vision tower"),
+        ({"hidden_size": "wide"}, "hidden_size"),
+        ({"mm_vision_tower": None}, "the vision tower of mm_vision_tower: config.json names none"),
         ({"mm_vision_tower": "/nowhere/clip"}, "vision tower of mm_vision_tower: there is no folder 'clip'"),
     ],
     ids=str,

@@ -312,6 +312,48 @@ def test_pixels_of_another_shape_are_refused(model, shape, message):
         model.encode_frames(torch.zeros(shape))
 
 
+@pytest.mark.parametrize(
+    "pictures", [np.zeros((1, 1, 3, 56, 56), np.float32), torch.zeros(1, 1, 3, 56, 56, dtype=torch.uint8)], ids=type
+)
+def test_pixels_that_were_not_preprocessed_to_a_tensor_are_refused(model, pictures):
+    with pytest.raises(TypeError, match="not a tensor of preprocessed floating point values"):
+        model.encode_frames(pictures)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "error", "message"),
+    [
+        (torch.tensor([5, -200, 9]), ValueError, r"shape \(3,\), not \(B, L\)"),
+        (torch.tensor([[5.0, -200.0]]), TypeError, "torch.float32, not a tensor of whole numbers"),
+        ([[5, -200]], TypeError, "list, not a tensor of whole numbers"),
+        (torch.tensor([[5, -200], [5, -200]]), ValueError, "2 prompts and pixels for 1"),
+        (torch.empty(0, 3, dtype=torch.long), ValueError, "0 prompts"),
+    ],
+)
+def test_prompts_of_another_kind_are_refused(model, prompt, error, message):
+    with pytest.raises(error, match=message):
+        model.inputs_embeds(prompt, pixels(1)[None])
+
+
+def test_text_is_fused_with_one_prompt_at_a_time(model):
+    with pytest.raises(ValueError, match=r"shape \(1, 3\), not \(L,\)"):
+        model.fuse_text(ids(5, -200, 9)[None], pixels(1))
+
+
+def test_rows_of_another_shape_are_refused(model, rows):
+    for call in (model.logits, lambda one: model.generate(one, 3)):
+        with pytest.raises(ValueError, match=r"not \(B, S, D\) with D = 128"):
+            call(rows[0])
+        with pytest.raises(ValueError, match="no rows"):
+            call(rows[:, :0])
+    with pytest.raises(ValueError, match=r"not \(S, D\) with D = 128"):
+        model.prefill(rows)
+    with pytest.raises(ValueError, match=r"not \(S, D\) with D = 128"):
+        model.stream(rows[0, :, :64], max_new_tokens=1)
+    with pytest.raises(ValueError, match="max_new_tokens is -1"):
+        model.generate(rows, -1)
+
+
 def test_an_id_outside_the_vocabulary_is_refused(model):
     with pytest.raises(ValueError, match="id 512 is not in the vocabulary of 512"):
         model.embed_text(ids(1, 512))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
@@ -26,6 +27,7 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 }
 # What is fetched from a hub: no pickles, which run code when they are opened.
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model"]
+_CLIP = "clip"  # folder beside the weights, for a tower that the config names by its place on a hub
 _TOWER_INSIDE = "model.vision_tower.vision_tower."  # where published weights hold the tower, if they do
 _TOWER_PARTS = ("embeddings.", "pre_layrnorm.", "encoder.", "post_layernorm.")
 _TOKEN_PARTS = ("model.compressor.", "model.mm_projector.", "model.prefusion_layers.")
@@ -63,12 +65,12 @@ class Weights:
     def read(self, name: str, shape: Iterable[int]) -> Tensor:
         """Read one tensor of the shape that the config asks for. Raises BadCheckpoint."""
         if name not in self._files:
-            raise BadCheckpoint(f"{self._folder.name}: tensor {name} is missing")
+            raise BadCheckpoint(f"{name_of(self._folder)}: tensor {name} is missing")
         with _opened(self._files[name]) as file:
             found, wanted = tuple(file.get_slice(name).get_shape()), tuple(shape)
             if found != wanted:
                 raise BadCheckpoint(
-                    f"{self._folder.name}: tensor {name} has shape {found}, the config asks for {wanted}"
+                    f"{name_of(self._folder)}: tensor {name} has shape {found}, the config asks for {wanted}"
                 )
             return file.get_tensor(name)
 
@@ -79,7 +81,7 @@ class Weights:
                 (header_bytes,) = struct.unpack("<Q", mapped[:8])
                 header = json.loads(mapped[8 : 8 + header_bytes])
                 if name not in header:
-                    raise BadCheckpoint(f"{self._folder.name}: tensor {name} is not where the index says")
+                    raise BadCheckpoint(f"{name_of(self._folder)}: tensor {name} is not where the index says")
                 entry = header[name]
                 digest.update(f"{name.removeprefix(without)} {entry['dtype']} {entry['shape']} ".encode())
                 start, end = (8 + header_bytes + offset for offset in entry["data_offsets"])
@@ -173,17 +175,23 @@ def open_checkpoint(path_or_hub_name: str | Path) -> Checkpoint:
     folder = locate(path_or_hub_name)
     raw = read_json(folder, "config.json")
     if raw.get("model_type") != "llava_mini_llama":
-        raise BadCheckpoint(f"{folder.name}: model_type is {raw.get('model_type')!r}, not 'llava_mini_llama'")
+        raise BadCheckpoint(f"{name_of(folder)}: model_type is {raw.get('model_type')!r}, not 'llava_mini_llama'")
     weights = Weights(folder)
     inside = bool(weights.names(_TOWER_INSIDE))
-    tower_folder = _tower_folder(raw, folder)
-    vision_config, clip_config = _read_vision_config(tower_folder)
-    beside = None if inside and not _has_tensors(tower_folder) else Weights(tower_folder)
+    try:
+        tower_folder = _tower_folder(raw, folder)
+        vision_config, clip_config = _read_vision_config(tower_folder)
+        beside = None if inside and not _has_tensors(tower_folder) else Weights(tower_folder)
+    except BadCheckpoint as error:
+        raise BadCheckpoint(
+            f"{name_of(folder)}: the vision tower of mm_vision_tower: {error}. In place of a hub's, a folder {_CLIP!r} "
+            "in the checkpoint's own is taken, with the CLIP model as safetensors"
+        ) from error
     tower, base = (weights, _TOWER_INSIDE) if inside or beside is None else (beside, "")
     try:
         config = LlavaMiniConfig.parse(raw, vision_config)
     except BadConfig as error:
-        raise BadCheckpoint(f"{folder.name}/config.json: {error}") from error
+        raise BadCheckpoint(f"{name_of(folder)}/config.json: {error}") from error
     return Checkpoint(
         name=str(path_or_hub_name) if folder != Path(path_or_hub_name) else folder.resolve().name,
         folder=folder,
@@ -204,23 +212,33 @@ def locate(path_or_hub_name: str | Path, base: Path | None = None) -> Path:
     if path.exists():
         raise BadCheckpoint(f"{path.name} is a file: give the folder that holds config.json and the weights")
     name = str(path_or_hub_name)
-    if given.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+    if not _may_be_of_a_hub(name):
         raise BadCheckpoint(f"there is no folder {given.name!r}, and it is no hub name of the form owner/name")
     return _fetch(name)
+
+
+def name_of(folder: Path) -> str:
+    """Name a folder in a message; a hub's cache names folders by commits, so those go by what was asked for."""
+    owner, _, name = folder.parent.parent.name.removeprefix("models--").partition("--")
+    return f"{owner}/{name}" if folder.parent.name == "snapshots" else folder.name
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
     """Read one of the checkpoint's JSON objects. Raises BadCheckpoint."""
     path = folder / name
     if not path.is_file():
-        raise BadCheckpoint(f"{folder.name} has no {name}: it is not a checkpoint folder")
+        raise BadCheckpoint(f"{name_of(folder)} has no {name}: it is not a checkpoint folder")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise BadCheckpoint(f"{folder.name}/{name} is not JSON: {error}") from error
+        raise BadCheckpoint(f"{name_of(folder)}/{name} is not JSON: {error}") from error
     if not isinstance(content, dict):
-        raise BadCheckpoint(f"{folder.name}/{name} holds no JSON object")
+        raise BadCheckpoint(f"{name_of(folder)}/{name} holds no JSON object")
     return content
+
+
+def _may_be_of_a_hub(name: str) -> bool:
+    return not name.startswith(("/", ".", "~")) and name.count("/") == 1
 
 
 def _fetch(hub_name: str) -> Path:
@@ -239,13 +257,14 @@ def _fetch(hub_name: str) -> Path:
 
 
 def _tower_folder(raw: Mapping[str, Any], folder: Path) -> Path:
+    """Find the folder that the config names; for a hub's name, one that the user put beside the weights comes first."""
     named = raw.get("mm_vision_tower")
     if not isinstance(named, str) or not named:
-        raise BadCheckpoint(f"{folder.name}/config.json: mm_vision_tower names no vision tower")
-    try:
-        return locate(named, base=folder)
-    except BadCheckpoint as error:
-        raise BadCheckpoint(f"{folder.name}: the vision tower of mm_vision_tower: {error}") from error
+        raise BadCheckpoint("config.json names none")
+    own = folder / _CLIP
+    if _may_be_of_a_hub(named) and not (folder / named).is_dir() and (own / "config.json").is_file():
+        return own
+    return locate(named, base=folder)
 
 
 def _whole_clip(folder: Path, weights: Weights, config: CLIPConfig | None) -> Clip | None:
@@ -256,14 +275,17 @@ def _whole_clip(folder: Path, weights: Weights, config: CLIPConfig | None) -> Cl
 
 def _read_vision_config(folder: Path) -> tuple[CLIPVisionConfig, CLIPConfig | None]:
     raw = read_json(folder, "config.json")
-    match raw.get("model_type"):
-        case "clip":
-            config = CLIPConfig(**raw)
-            return cast(CLIPVisionConfig, config.vision_config), config
-        case "clip_vision_model":
-            return CLIPVisionConfig(**raw), None
-        case other:
-            raise BadCheckpoint(f"the vision tower {folder.name} is a {other!r}, not a CLIP model")
+    try:
+        match raw.get("model_type"):
+            case "clip":
+                config = CLIPConfig(**raw)
+                return cast(CLIPVisionConfig, config.vision_config), config
+            case "clip_vision_model":
+                return CLIPVisionConfig(**raw), None
+            case other:
+                raise BadCheckpoint(f"{name_of(folder)} is a {other!r}, not a CLIP model")
+    except (TypeError, StrictDataclassError) as error:
+        raise BadCheckpoint(f"{name_of(folder)}/config.json: {error}") from error
 
 
 def _files_of_tensors(folder: Path) -> dict[str, Path]:
@@ -276,19 +298,19 @@ def _files_of_tensors(folder: Path) -> dict[str, Path]:
             return dict.fromkeys(file.keys(), single)
     reason = "pickles (.bin) can run code when opened and are never read: convert them to safetensors first"
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
-        raise BadCheckpoint(f"{folder.name} has its weights only as pickles; {reason}")
-    raise BadCheckpoint(f"{folder.name} has no weights: no model.safetensors and no index of its shards; {reason}")
+        raise BadCheckpoint(f"{name_of(folder)} has its weights only as pickles; {reason}")
+    raise BadCheckpoint(f"{name_of(folder)} has no weights: no model.safetensors and no index of its shards; {reason}")
 
 
 def _files_of_index(folder: Path, index: Mapping[str, Any]) -> dict[str, Path]:
     shards = index.get("weight_map")
     if not isinstance(shards, dict):
-        raise BadCheckpoint(f"{folder.name}/model.safetensors.index.json has no weight_map")
+        raise BadCheckpoint(f"{name_of(folder)}/model.safetensors.index.json has no weight_map")
     for shard in sorted(set(map(str, shards.values()))):
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise BadCheckpoint(f"{folder.name}: the index names {shard!r}, not a safetensors file beside it")
+            raise BadCheckpoint(f"{name_of(folder)}: the index names {shard!r}, not a safetensors file beside it")
         if not (folder / shard).is_file():
-            raise BadCheckpoint(f"{folder.name}: shard {shard} of the index is missing")
+            raise BadCheckpoint(f"{name_of(folder)}: shard {shard} of the index is missing")
     return {name: folder / shard for name, shard in shards.items()}
 
 
@@ -302,4 +324,4 @@ def _opened(path: Path):  # type: ignore[no-untyped-def]  # safetensors ships no
         with safe_open(path, framework="pt") as file:
             yield file
     except SafetensorError as error:
-        raise BadCheckpoint(f"{path.parent.name}/{path.name} is damaged: {error}") from error
+        raise BadCheckpoint(f"{name_of(path.parent)}/{path.name} is damaged: {error}") from error

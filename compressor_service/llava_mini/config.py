@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CLIPVisionConfig, LlamaConfig
 
 IMAGE_TOKEN_ID = -200  # stands in a prompt where the frame tokens go; no vocabulary has it
@@ -46,7 +47,10 @@ class LlavaMiniConfig:
         if raw.get("mm_hidden_size", vision.hidden_size) != vision.hidden_size:
             raise BadConfig(f"mm_hidden_size is {raw['mm_hidden_size']}, the vision tower's width {vision.hidden_size}")
         kept = {name: value for name, value in raw.items() if name not in _NOT_LLAMA}
-        llama = LlamaConfig(**kept)
+        try:
+            llama = LlamaConfig(**kept)
+        except (TypeError, ValueError, KeyError, StrictDataclassError) as error:
+            raise BadConfig(str(error)) from error
         llama._attn_implementation = "sdpa"  # a layer built alone would fall back to the slow, unmasked one
         select_layer = _integer(raw, "mm_vision_select_layer", -2)
         states = vision.num_hidden_layers + 1

@@ -124,11 +124,15 @@ class LlavaMini:
 
         `input_ids` (B, L) holds the image placeholder once in every row; `pixels` is (B, T, parts, 3, H, W).
         """
+        _check_ids(input_ids, rank=2)
+        if not len(input_ids) or len(input_ids) != len(pixels):
+            raise ValueError(f"there are {len(input_ids)} prompts and pixels for {len(pixels)}: each needs its own")
         return torch.stack([self._read(*one) for one in zip(input_ids, pixels, strict=True)])
 
     @torch.inference_mode()
     def embed_text(self, input_ids: Tensor) -> Tensor:
         """Return the plain embeddings of ids (L,) as (L, D); a negative id, the placeholder's, has that of id 0."""
+        _check_ids(input_ids, rank=1)
         if len(input_ids) and int(input_ids.max()) >= self.config.vocabulary:
             raise ValueError(f"id {int(input_ids.max())} is not in the vocabulary of {self.config.vocabulary}")
         return self._embed(input_ids.to(self.device).clamp(min=0))
@@ -146,14 +150,16 @@ class LlavaMini:
     @torch.inference_mode()
     def logits(self, inputs_embeds: Tensor) -> Tensor:
         """Return the logits (B, S, vocabulary) on rows (B, S, D). Raises ContextTooLong."""
-        self._check_length(inputs_embeds.shape[1])
-        return self._need_language().logits(self._own(inputs_embeds))
+        rows = self._own(inputs_embeds, rank=3)
+        self._check_length(rows.shape[1])
+        return self._need_language().logits(rows)
 
     @torch.inference_mode()
     def prefill(self, embeds: Tensor) -> Prefix:
         """Read the beginning of a prompt (S, D) once, for any number of answers. Raises ContextTooLong."""
-        self._check_length(len(embeds))
-        return self._need_language().prefill(self._own(embeds)[None])
+        rows = self._own(embeds, rank=2)
+        self._check_length(len(rows))
+        return self._need_language().prefill(rows[None])
 
     def stream(
         self,
@@ -169,10 +175,9 @@ class LlavaMini:
         Ends before the first of `stop_ids` or after `max_new_tokens`; closing it ends the work. Raises ContextTooLong
         when called, not when iterated.
         """
-        self._check_length(len(embeds) + (0 if prefix is None else prefix.length), max_new_tokens)
-        steps = self._need_language().steps(
-            self._own(embeds)[None], max_new_tokens=max_new_tokens, sampling=sampling, prefix=prefix
-        )
+        rows = self._own(embeds, rank=2)
+        self._check_length(len(rows) + (0 if prefix is None else prefix.length), max_new_tokens)
+        steps = self._need_language().steps(rows[None], max_new_tokens=max_new_tokens, sampling=sampling, prefix=prefix)
         return _until(steps, frozenset(stop_ids))
 
     def generate(
@@ -187,9 +192,10 @@ class LlavaMini:
         A row that made one of `stop_ids` repeats it from there on, until every row has.
         Raises ContextTooLong.
         """
-        self._check_length(inputs_embeds.shape[1], max_new_tokens)
-        steps = self._need_language().steps(self._own(inputs_embeds), max_new_tokens=max_new_tokens, sampling=sampling)
-        return _gather(steps, torch.tensor(sorted(stop_ids), dtype=torch.long), rows=len(inputs_embeds))
+        rows = self._own(inputs_embeds, rank=3)
+        self._check_length(rows.shape[1], max_new_tokens)
+        steps = self._need_language().steps(rows, max_new_tokens=max_new_tokens, sampling=sampling)
+        return _gather(steps, torch.tensor(sorted(stop_ids), dtype=torch.long), rows=len(rows))
 
     def _read(self, input_ids: Tensor, pixels: Tensor) -> Tensor:
         """Return the rows of one prompt (L,) about the frames of pixels (T, parts, 3, H, W)."""
@@ -212,6 +218,9 @@ class LlavaMini:
 
     def _chunks(self, pixels: Tensor) -> Iterator[Tensor]:
         size = self.config.image_size
+        if not isinstance(pixels, Tensor) or not pixels.is_floating_point():
+            kind = pixels.dtype if isinstance(pixels, Tensor) else type(pixels).__name__
+            raise TypeError(f"pixels are {kind}, not a tensor of preprocessed floating point values")
         if pixels.ndim != 5 or pixels.shape[1:] != (self.config.parts, 3, size, size):
             raise ValueError(
                 f"pixels have shape {tuple(pixels.shape)}, not (frames, {self.config.parts}, 3, {size}, {size})"
@@ -221,12 +230,18 @@ class LlavaMini:
         for chunk in torch.split(pixels, self._frames_per_pass):
             yield chunk.to(self.device, self.dtype)
 
-    def _own(self, rows: Tensor) -> Tensor:
-        if rows.shape[-1] != self.config.width:
-            raise ValueError(f"rows are {rows.shape[-1]} wide, the model {self.config.width}")
+    def _own(self, rows: Tensor, *, rank: int) -> Tensor:
+        """Check rows (B, S, D), or (S, D) at rank 2, and bring them to the model's device and dtype."""
+        if rows.ndim != rank or rows.shape[-1] != self.config.width:
+            wanted = "(S, D)" if rank == 2 else "(B, S, D)"
+            raise ValueError(f"rows have shape {tuple(rows.shape)}, not {wanted} with D = {self.config.width}")
+        if not rows.numel():
+            raise ValueError("there are no rows to read")
         return rows.to(self.device, self.dtype)
 
     def _check_length(self, rows: int, new: int = 0) -> None:
+        if new < 0:
+            raise ValueError(f"max_new_tokens is {new}, not zero or more")
         if rows > self.config.context_rows:
             raise ContextTooLong(f"the prompt has {rows} rows, the model reads {self.config.context_rows} at most")
         if rows + new > self.config.max_position_embeddings:
@@ -255,6 +270,15 @@ class LlavaMini:
             language.lm_head.weight = self._embed.weight
         else:
             fill(language.lm_head, "lm_head.", dtype=self.dtype, device=self.device)
+
+
+def _check_ids(input_ids: Tensor, *, rank: int) -> None:
+    """Check ids (L,), or (B, L) at rank 2."""
+    if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int32, torch.int64):
+        kind = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        raise TypeError(f"input_ids are {kind}, not a tensor of whole numbers (torch.long)")
+    if input_ids.ndim != rank:
+        raise ValueError(f"input_ids have shape {tuple(input_ids.shape)}, not {'(L,)' if rank == 1 else '(B, L)'}")
 
 
 def _until(steps: Iterator[Tensor], stop_ids: frozenset[int]) -> Iterator[int]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase
 
-from compressor_service.llava_mini.checkpoint import BadCheckpoint, locate, read_json
+from compressor_service.llava_mini.checkpoint import BadCheckpoint, locate, name_of, read_json
 from compressor_service.llava_mini.config import IMAGE_TOKEN_ID
 
 # The published 8B checkpoint was trained with this text; others were not asked to be.
@@ -57,9 +57,9 @@ class Prompt:
                 folder, config=LlamaConfig(), local_files_only=True
             )
         except (OSError, ValueError, KeyError) as error:
-            raise BadCheckpoint(f"{folder.name} has no tokenizer that can be loaded: {error}") from error
+            raise BadCheckpoint(f"{name_of(folder)} has no tokenizer that can be loaded: {error}") from error
         if tokenizer.chat_template is None:
-            raise BadCheckpoint(f"{folder.name} has no chat template, so questions cannot be put as it was trained")
+            raise BadCheckpoint(f"{name_of(folder)} has no chat template, so questions cannot be put as it was trained")
         return cls(tokenizer, _stop_ids(folder, tokenizer), system=system, add_generation_prompt=add_generation_prompt)
 
     def build(self, question: str) -> list[int]:

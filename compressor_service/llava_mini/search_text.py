@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoTokenizer, CLIPTextModel, PreTrainedTokenizerBase
 
-from compressor_service.llava_mini.checkpoint import BadCheckpoint, Clip
+from compressor_service.llava_mini.checkpoint import BadCheckpoint, Clip, name_of
 
 
 class SearchText:
@@ -63,5 +63,5 @@ def _tokenizer(clip: Clip) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(clip.folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise BadCheckpoint(f"{clip.folder.name} has no CLIP tokenizer that can be loaded: {error}") from error
+        raise BadCheckpoint(f"{name_of(clip.folder)} has no CLIP tokenizer that can be loaded: {error}") from error
     return tokenizer
