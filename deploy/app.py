@@ -285,7 +285,7 @@ def _probes(
             await compressor.describe.remote()
 
     async def model_answers() -> None:
-        await questions.ping()
+        await questions.describe()
 
     async def ingest_reads() -> None:
         with plain_errors("ingest"):

@@ -1,13 +1,22 @@
 """Deployments as their callers know them: the protocols of ingest and answering, behind Serve handles."""
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import (
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
@@ -19,8 +28,19 @@ from qa_service.errors import ModelLoading, QueueFull, ScalingUp, SearchUnavaila
 from qa_service.schemas import AnswerEvent, ModelBody, Question
 from store.moments import Moment, Span
 
+logger = logging.getLogger(__name__)
+
 Handle = DeploymentHandle[Any]
-LOADING_PATIENCE_S = 2.0
+LOADING_PATIENCE_S = 5.0
+_LOST = (
+    RayActorError,
+    NodeDiedError,
+    WorkerCrashedError,
+    OutOfMemoryError,
+    ObjectLostError,
+    DeploymentUnavailableError,
+    ReplicaUnavailableError,
+)
 
 
 @contextmanager
@@ -37,7 +57,8 @@ def plain_errors(part: str) -> Iterator[None]:
         ) from None
     except RayTaskError as error:  # before RayActorError: its text is the remote traceback, its cause the error itself
         raise error.cause from None
-    except (RayActorError, DeploymentUnavailableError, ReplicaUnavailableError):
+    except _LOST as error:
+        logger.warning("%s: %s", part, type(error).__name__)
         raise ScalingUp(f"The {part} was lost and is being started again; ask again in a moment.") from None
 
 
@@ -76,24 +97,20 @@ class RemoteCompressor:
 
     async def _retried(self, method: str, *arguments: object) -> NDArray[np.float32]:
         """Call once more when the replica died: these calls change nothing."""
-        call = getattr(self._handle, method)
+        try:
+            return await self._called(method, *arguments)
+        except ScalingUp:
+            return await self._called(method, *arguments)
+
+    async def _called(self, method: str, *arguments: object) -> NDArray[np.float32]:
+        """Call an embedding or a fusion, and tell its errors in the words of the REST surface."""
         try:
             with plain_errors("compressor"):
-                return await _named(call.remote(*arguments))
-        except ScalingUp:
-            with plain_errors("compressor"):
-                return await _named(call.remote(*arguments))
-
-
-async def _named(response: Any) -> NDArray[np.float32]:
-    """Await an embedding or a fusion, and tell its errors in the words of the REST surface."""
-    try:
-        with plain_errors("compressor"):
-            return await response
-    except NoTextHalf as error:
-        raise SearchUnavailable(str(error)) from None
-    except BadPicture as error:
-        raise UnsupportedMedia(str(error), param="image") from None
+                return await getattr(self._handle, method).remote(*arguments)
+        except NoTextHalf as error:
+            raise SearchUnavailable(str(error)) from None
+        except BadPicture:
+            raise UnsupportedMedia("The image cannot be decoded: send a whole JPEG or PNG.", param="image") from None
 
 
 @contextmanager
@@ -134,26 +151,18 @@ class RemoteQuestions:
 
     def __init__(self, handle: Handle) -> None:
         self._handle = handle
-        self._model: ModelBody | None = None
 
     async def describe(self) -> ModelBody:
         """Return the facts of the model that answers. Raises ModelLoading while no replica has it in memory."""
-        if self._model is None:
-            with plain_errors("model"):
-                try:
-                    async with asyncio.timeout(LOADING_PATIENCE_S):
-                        self._model = await self._handle.describe.remote()
-                except TimeoutError:
-                    raise ModelLoading("The model is being loaded; ask again in a moment.", retry_after_s=5) from None
-        return self._model
-
-    async def ping(self) -> None:
-        """Return once a replica answers."""
         with plain_errors("model"):
-            await self._handle.describe.remote()
+            try:
+                async with asyncio.timeout(LOADING_PATIENCE_S):
+                    return await self._handle.describe.remote()
+            except TimeoutError:
+                raise ModelLoading("The model is being loaded; ask again in a moment.", retry_after_s=5) from None
 
     async def ask(self, question: Question) -> AsyncGenerator[AnswerEvent, None]:
-        await self.describe()
+        await self.describe()  # each time: Serve would let the question wait, without a word, for a replica to load
         with plain_errors("model"):
             events: Any = self._handle.options(stream=True).ask.remote(question)
             try:
