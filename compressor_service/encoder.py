@@ -1,7 +1,6 @@
 """The border between numpy and torch: keyframes in, frame tokens, fused text and search vectors out."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,27 +9,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compressor_service import preprocess
+from compressor_service.facts import ModelFacts, SearchUnavailable
 from compressor_service.llava_mini.checkpoint import Checkpoint, Dtype, open_checkpoint
 from compressor_service.llava_mini.model import LlavaMini
 from compressor_service.llava_mini.search_text import SearchText
 from compressor_service.settings import CompressorSettings
 from store.format import TokenFormat
-
-
-class SearchUnavailable(RuntimeError):
-    """The checkpoint brings no text half of CLIP, so text cannot be searched for."""
-
-
-@dataclass(frozen=True, slots=True)
-class ModelFacts:
-    """What the service says about its model; `untrained` means that its answers carry no meaning."""
-
-    name: str
-    format: TokenFormat
-    input_size_px: int
-    device: str
-    searches_text: bool
-    untrained: bool
 
 
 class Encoder:

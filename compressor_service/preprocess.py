@@ -7,15 +7,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from compressor_service.facts import BadPicture
+
 # Of CLIP, by colour channel.
 _MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
 _STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 _MAX_PIXELS = 64_000_000  # larger than any camera's picture: beyond it a small file could fill the memory
 _FORMATS = ("JPEG", "PNG", "WEBP")
-
-
-class BadPicture(ValueError):
-    """The bytes are not a picture that can be read."""
 
 
 def pixels(picture: bytes, *, image_size: int, ratio: int) -> Tensor:

@@ -1,15 +1,14 @@
 """The Serve side of the compressor: gathers the frames of many callers into one forward pass."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from ray import serve
 
-from compressor_service.encoder import Encoder, ModelFacts
-from compressor_service.llava_mini.checkpoint import Dtype
+from compressor_service.facts import ModelFacts
 from compressor_service.settings import CompressorSettings
-from compressor_service.writer import FrameWriter
 from ingest.frame import Frame, Receipt
 from store.connection import connect
 from store.counters import Counters
@@ -17,6 +16,9 @@ from store.gaps import Gaps
 from store.keyframes import Keyframes
 from store.leases import Leases
 from store.timeline import Timeline
+
+if TYPE_CHECKING:
+    from compressor_service.llava_mini.checkpoint import Dtype
 
 
 def _frames_in(requests: Sequence[Sequence[Frame]]) -> int:
@@ -27,8 +29,12 @@ class CompressorService:
     """Looks at frames and remembers them; looks again when a question asks for it."""
 
     def __init__(
-        self, checkpoint: str, dtype: Dtype, settings: CompressorSettings, redis_url: str, segments_url: str
+        self, checkpoint: str, dtype: "Dtype", settings: CompressorSettings, redis_url: str, segments_url: str
     ) -> None:
+        # Here, because every process that names this class imports the module, and only its replicas need torch.
+        from compressor_service.encoder import Encoder
+        from compressor_service.writer import FrameWriter
+
         self._encoder = Encoder.load(checkpoint, dtype, settings)
         self._max_batch_frames = settings.max_batch_frames
         redis = connect(redis_url)

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from compressor_service.encoder import Encoder
-from compressor_service.preprocess import BadPicture
+from compressor_service.facts import BadPicture
 from ingest.frame import Frame, Receipt, SinkUnavailable
 from store.counters import Counters
 from store.gaps import Gap, Gaps

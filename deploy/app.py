@@ -5,7 +5,7 @@ import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from fastapi import FastAPI
@@ -14,9 +14,6 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
 
-from compressor_service.llava_mini import LlavaMini
-from compressor_service.llava_mini.checkpoint import Dtype
-from compressor_service.llava_mini.prompt import SYSTEM_TEXT, Prompt
 from compressor_service.service import CompressorService
 from deploy.desk import StoreDesk
 from deploy.remote import Handle, RemoteCompressor, RemoteMoments, RemoteQuestions, plain_errors
@@ -25,7 +22,6 @@ from ingest.address import AddressPolicy, check_camera_url, check_download_url
 from ingest.address import BadUrl as BadAddress
 from ingest.archive import UnsupportedMedia as NoVideo
 from ingest.archive import probe
-from qa_service.answerer import Answerer
 from qa_service.api import Services, build_api
 from qa_service.control import SourceControl
 from qa_service.coverage import RangeReader
@@ -47,8 +43,12 @@ from store.moments import Moment, Moments, Span
 from store.sources import Sources
 from store.timeline import Timeline
 
+if TYPE_CHECKING:
+    from compressor_service.llava_mini import LlavaMini
+    from compressor_service.llava_mini.prompt import Prompt
+
 APPLICATION = "tokenline"
-DTYPE: Dtype = "bfloat16"  # of the published weights
+DTYPE: Final = "bfloat16"  # of the published weights
 HEALTH_PERIOD_S = 5
 UNTRAINED_NOTE = "The weights are untrained: the answers of this model carry no meaning."
 
@@ -76,7 +76,11 @@ def _checkpoint(settings: Settings) -> str:
     return settings.model.checkpoint
 
 
-def _load_language(settings: Settings) -> tuple[LlavaMini, Prompt]:
+def _load_language(settings: Settings) -> "tuple[LlavaMini, Prompt]":
+    # Every replica imports this module, but only this one needs torch: 280 MB in each of the others.
+    from compressor_service.llava_mini import LlavaMini
+    from compressor_service.llava_mini.prompt import SYSTEM_TEXT, Prompt
+
     checkpoint, qa = _checkpoint(settings), settings.qa
     model = LlavaMini.from_pretrained(
         checkpoint, settings.model.dtype or DTYPE, qa.device, part="llm", load_in_8bit=qa.load_in_8bit
@@ -147,6 +151,8 @@ class QA:
     async def __init__(self, settings: Settings, compressor: Handle, search: Handle) -> None:  # type: ignore[misc]
         redis, remote = _redis(settings), RemoteCompressor(compressor)
         model, prompt = await asyncio.to_thread(_load_language, settings)
+        from qa_service.answerer import Answerer
+
         facts = await remote.facts()
         self._answerer = Answerer(
             model,

@@ -20,9 +20,8 @@ from ray.exceptions import (
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from compressor_service.encoder import ModelFacts
-from compressor_service.encoder import SearchUnavailable as NoTextHalf
-from compressor_service.preprocess import BadPicture
+from compressor_service.facts import BadPicture, ModelFacts
+from compressor_service.facts import SearchUnavailable as NoTextHalf
 from ingest.frame import Frame, Receipt, SinkUnavailable
 from qa_service.errors import ModelLoading, QueueFull, ScalingUp, SearchUnavailable, UnsupportedMedia
 from qa_service.schemas import AnswerEvent, ModelBody, Question

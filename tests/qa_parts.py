@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from compressor_service.encoder import Encoder
+from compressor_service.facts import BadPicture
 from compressor_service.llava_mini import LlavaMini
 from compressor_service.llava_mini.checkpoint import Dtype
 from compressor_service.llava_mini.prompt import Prompt
-from compressor_service.preprocess import BadPicture
 from compressor_service.settings import CompressorSettings
 from compressor_service.writer import FrameWriter
 from ingest import archive

@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
-from compressor_service.encoder import Encoder, SearchUnavailable
+from compressor_service.encoder import Encoder
+from compressor_service.facts import BadPicture, SearchUnavailable
 from compressor_service.llava_mini import LlavaMini
-from compressor_service.preprocess import BadPicture, pixels
+from compressor_service.preprocess import pixels
 from compressor_service.settings import CompressorSettings
 from compressor_service.untrained import write_untrained_checkpoint
 from compressor_service.writer import FrameWriter

@@ -50,6 +50,12 @@ def test_the_command_line_starts_without_the_heavy_libraries():
     assert result.stdout.strip() == "[]"
 
 
+def test_the_application_is_put_together_without_the_libraries_that_run_a_model():
+    code = "import sys, deploy.app; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
 def test_every_dependency_is_pinned_exactly_once_and_within_its_range():
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
