@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +57,19 @@ def running_service(folder: Path, settings: Mapping[str, str] | None = None) -> 
             process.wait()
         if process.stdout is not None:
             process.stdout.close()
+
+
+def kill_replica(service: RunningService, deployment: str) -> None:
+    """End the one replica of a deployment as the kernel does when memory runs out."""
+    mine = f"TOKENLINE_STORE__DATA_DIR={service.data_dir}".encode()
+    replicas = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended meanwhile
+            is_one = (process / "cmdline").read_bytes().startswith(f"ray::ServeReplica:tokenline:{deployment}".encode())
+            if is_one and mine in (process / "environ").read_bytes():
+                replicas.append(int(process.name))
+    [replica] = replicas
+    os.kill(replica, signal.SIGKILL)
 
 
 def _address(process: subprocess.Popen[str], output: Path) -> str:

@@ -18,7 +18,7 @@ from compressor_service.llava_mini import LlavaMini
 from compressor_service.llava_mini.prompt import Prompt
 from ingest.sample_camera import SampleCamera
 from tests.ingest_parts import free_port, real_clip, simulated_camera
-from tests.service import RunningService, running_service
+from tests.service import RunningService, kill_replica, running_service
 
 PATIENCE_S = 90
 PASSWORD = "s3cret/p@ss w#rd"
@@ -311,3 +311,26 @@ def test_unknown_sources_and_broken_json_have_their_codes(client):
 def test_a_camera_beyond_the_allowed_networks_is_refused(client):
     response = client.post("/v1/streams", json={"name": "meta", "url": "rtsp://169.254.169.254/latest"})
     assert error_of(response) == (422, "bad_url")
+
+
+# Lost replicas: last, since what is lost has to be started again
+
+
+def test_an_answer_whose_model_dies_ends_in_an_error_and_later_ones_are_answered(service, client, bikes):
+    body = {"question": "Go on?", "sources": [{"video_id": bikes}], "max_output_tokens": 1024, "stream": True}
+    with client.stream("POST", "/v1/questions", json=body) as response:
+        events = events_of(response)
+        next(event for event in events if event[0] == "answer.delta")
+        kill_replica(service, "qa")
+        *_, (name, error), (_, done) = events
+    assert (name, error["error"]["code"], done) == ("error", "scaling_up", "[DONE]")
+
+    def answered() -> bool:
+        again = ask(client, {"video_id": bikes})
+        if again.status_code == 200:
+            return True
+        assert error_of(again) in {(503, "scaling_up"), (503, "model_loading")}
+        assert int(again.headers["retry-after"]) > 0
+        return False
+
+    wait_until(answered)
