@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 ROOT = Path(__file__).parent.parent
 START_S, STOP_S = 300, 60
@@ -28,24 +29,8 @@ class RunningService:
 def running_service(folder: Path, settings: Mapping[str, str] | None = None) -> Iterator[RunningService]:
     """Run `tokenline run` on a free port, with loopback cameras allowed, until the block ends."""
     data_dir, output = folder / "data", folder / "output.txt"
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("TOKENLINE_")}
-    environment |= {
-        "TOKENLINE_STORE__DATA_DIR": str(data_dir),
-        "TOKENLINE_SERVE__PORT": "0",
-        "TOKENLINE_INGEST__ALLOWED_NETWORKS": '["127.0.0.0/8"]',
-        "PYTHONUNBUFFERED": "1",
-        **(settings or {}),
-    }
     with output.open("w") as file:
-        process = subprocess.Popen(
-            [Path(sys.executable).with_name("tokenline"), "run"],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=file,
-            text=True,
-            start_new_session=True,
-        )
+        process = start_service(data_dir, file, settings)
     try:
         yield RunningService(_address(process, output), data_dir, process, output)
     finally:
@@ -59,17 +44,43 @@ def running_service(folder: Path, settings: Mapping[str, str] | None = None) -> 
             process.stdout.close()
 
 
+def start_service(data_dir: Path, errors: IO[str], settings: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+    """Start `tokenline run` and return at once; what it prints can be read of it, its errors go to a file."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TOKENLINE_")}
+    environment |= {
+        "TOKENLINE_STORE__DATA_DIR": str(data_dir),
+        "TOKENLINE_SERVE__PORT": "0",
+        "TOKENLINE_INGEST__ALLOWED_NETWORKS": '["127.0.0.0/8"]',
+        "PYTHONUNBUFFERED": "1",
+        **(settings or {}),
+    }
+    return subprocess.Popen(
+        [Path(sys.executable).with_name("tokenline"), "run"],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        text=True,
+        start_new_session=True,
+    )
+
+
 def kill_replica(service: RunningService, deployment: str) -> None:
     """End the one replica of a deployment as the kernel does when memory runs out."""
-    mine = f"TOKENLINE_STORE__DATA_DIR={service.data_dir}".encode()
-    replicas = []
+    title = f"ray::ServeReplica:tokenline:{deployment}"
+    [replica] = [number for number, command in processes_of(service.data_dir).items() if command.startswith(title)]
+    os.kill(replica, signal.SIGKILL)
+
+
+def processes_of(data_dir: Path) -> dict[int, str]:
+    """Return the processes of the service that was started with a data folder: their numbers and commands."""
+    mine = f"TOKENLINE_STORE__DATA_DIR={data_dir}".encode()
+    found = {}
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has ended meanwhile
-            is_one = (process / "cmdline").read_bytes().startswith(f"ray::ServeReplica:tokenline:{deployment}".encode())
-            if is_one and mine in (process / "environ").read_bytes():
-                replicas.append(int(process.name))
-    [replica] = replicas
-    os.kill(replica, signal.SIGKILL)
+            if mine in (process / "environ").read_bytes().split(b"\0"):
+                found[int(process.name)] = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+    return found
 
 
 def _address(process: subprocess.Popen[str], output: Path) -> str:

@@ -1,6 +1,7 @@
 """One real run of the whole service: real cameras, real files, real HTTP, every deployment on Ray Serve."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from compressor_service.llava_mini import LlavaMini
 from compressor_service.llava_mini.prompt import Prompt
 from ingest.sample_camera import SampleCamera
 from tests.ingest_parts import free_port, real_clip, simulated_camera
-from tests.service import RunningService, kill_replica, running_service
+from tests.service import RunningService, kill_replica, processes_of, running_service, start_service
 
 PATIENCE_S = 90
 PASSWORD = "s3cret/p@ss w#rd"
@@ -334,3 +335,17 @@ def test_an_answer_whose_model_dies_ends_in_an_error_and_later_ones_are_answered
         return False
 
     wait_until(answered)
+
+
+def test_a_start_that_is_interrupted_twice_ends_quietly_and_leaves_nothing(tmp_path):
+    output = tmp_path / "output.txt"
+    with output.open("w") as file:
+        process = start_service(tmp_path / "data", file)
+    assert process.stdout is not None
+    wait_until(lambda: any("raylet" in command for command in processes_of(tmp_path / "data").values()))
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(PATIENCE_S) == 130
+    assert (process.stdout.read(), output.read_text()) == ("", "")
+    process.stdout.close()
+    wait_until(lambda: not processes_of(tmp_path / "data"))
