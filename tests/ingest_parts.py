@@ -151,6 +151,7 @@ class MemoryDesk:
         self.gaps: dict[str, list[Missing]] = {}
         self.released: dict[str, int] = {}
         self.renewals = 0
+        self.refusals = 0
         self.is_away = False
 
     async def claim(self, owner: str, room: int) -> Sequence[Assignment]:
@@ -186,6 +187,7 @@ class MemoryDesk:
 
     def _check(self) -> None:
         if self.is_away:
+            self.refusals += 1
             raise ConnectionError("the desk is away")
 
 

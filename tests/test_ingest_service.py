@@ -239,6 +239,18 @@ async def test_a_cut_file_is_ready_with_its_end_reported_missing(tmp_path):
     assert {gap.reason for gap in desk.gaps["vid_clip"]} == {"decode_error"}
 
 
+async def test_trouble_is_told_once_and_not_at_every_try(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    encode(tmp_path / "clip.mp4", steady(2))
+    desk, sink = MemoryDesk(archive("clip.mp4")), MemorySink()
+    desk.is_away = True
+    async with running(desk, sink, tmp_path):
+        await until(lambda: desk.refusals >= 5)
+        desk.is_away = False
+        await until(lambda: "claiming succeeds again" in caplog.text and desk.released)
+    assert caplog.text.count("claiming fails") == 1
+
+
 @pytest.mark.parametrize("name", ["text.mp4", "gone.mp4", "../outside.mp4"])
 async def test_a_file_that_cannot_be_read_fails_with_the_reason(tmp_path, name):
     folder = tmp_path / "uploads"
@@ -323,11 +335,9 @@ async def test_a_sink_that_cannot_stand_a_file_fails_it_instead_of_blocking_all(
             return await super().put(frames)
 
     encode(tmp_path / "clip.mp4", steady(2))
-    desk, sink = MemoryDesk(archive("clip.mp4", "vid_bad")), Choking()
+    desk, sink = MemoryDesk(archive("clip.mp4", "vid_bad"), archive("clip.mp4", "vid_good")), Choking()
     async with running(desk, sink, tmp_path):
-        await until(lambda: "vid_bad" in desk.released)
-        desk.open.append(archive("clip.mp4", "vid_good"))
-        await until(lambda: "vid_good" in desk.released)
+        await until(lambda: {"vid_bad", "vid_good"} <= desk.released.keys())
     assert desk.last("vid_bad").status == "failed"
     assert desk.last("vid_good").status == "ready"
     assert "cannot digest" in caplog.text
