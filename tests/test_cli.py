@@ -21,6 +21,7 @@ from pydantic import SecretStr
 from deploy.cli import Ask, Search, UsageError, parse_labels, run_command
 from deploy.client import ApiError, Client, Completed, Created, Delta, NewStream, Question, Range, Unreachable
 from deploy.display import printable
+from deploy.local import why_not_running
 from deploy.times import BadTime, parse_duration, parse_moment, parse_position, show_position
 
 NOW = datetime(2026, 7, 1, 12, 0, tzinfo=UTC)
@@ -221,6 +222,22 @@ def test_a_model_that_cannot_be_loaded_ends_the_run_in_one_line(monkeypatch, cap
         assert folder in told
         assert "Traceback" not in told
     assert not (tmp_path / "data").exists()  # nothing was started
+
+
+def test_a_deployment_that_cannot_start_is_told_by_the_last_line_of_its_error():
+    from ray.serve.schema import ApplicationStatusOverview, DeploymentStatusOverview
+
+    def deployment(status, message):
+        return DeploymentStatusOverview(
+            status=status, status_trigger="REPLICA_STARTUP_FAILED", replica_states={}, message=message
+        )
+
+    broken = 'Traceback (most recent call last):\n  File "/secret/place.py", line 1\nRuntimeError: no such device\n\n'
+    parts = {"compressor": deployment("DEPLOY_FAILED", broken), "qa": deployment("UPDATING", "")}
+    told = why_not_running(
+        ApplicationStatusOverview(status="DEPLOY_FAILED", message="", last_deployed_time_s=0, deployments=parts)
+    )
+    assert told == "compressor cannot start: RuntimeError: no such device"
 
 
 def test_a_missing_settings_file_is_named(monkeypatch, capsys, tmp_path):
