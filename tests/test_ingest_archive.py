@@ -290,3 +290,17 @@ def test_reading_stops_when_told():
             halt.set()
     assert slots == [0, 1, 2, 3, 4]
     assert reader.missing == []
+
+
+def test_damage_is_told_before_the_pictures_behind_it(tmp_path):
+    path = encode(tmp_path / "damaged.mp4", steady(20), gop=25)
+    content = bytearray(path.read_bytes())
+    start = content.find(b"mdat") + 4
+    third = (len(content) - start) // 3
+    content[start + third : start + third + 3000] = random.Random(1).randbytes(3000)
+    path.write_bytes(content)
+    reader = ArchiveReader(path, fps=1.0, last_slot=None, max_pixels=10**8)
+    told = {picture.slot: len(reader.missing) for picture in reader.pictures(Event())}
+    assert reader.missing
+    assert told[19] == len(reader.missing)
+    assert all(gap.end_slot in told for gap in reader.missing)
