@@ -51,7 +51,7 @@ def run_ffmpeg(ffmpeg: str, clip: Path, size_px: int) -> float:
     """Return CPU seconds."""
     before = cpu_s(resource.RUSAGE_CHILDREN)
     filters = f"fps=1,scale={size_px}:{size_px}"
-    command = [ffmpeg, "-nostdin", "-v", "error", "-i", clip, "-vf", filters, "-f", "null", "-"]
+    command = [ffmpeg, "-nostdin", "-v", "error", "-i", str(clip), "-vf", filters, "-f", "null", "-"]
     subprocess.run(command, check=True)
     return cpu_s(resource.RUSAGE_CHILDREN) - before
 

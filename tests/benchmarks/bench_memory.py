@@ -119,7 +119,9 @@ def wait_until_ready(url: str) -> None:
 
 def rows(ours: Mapping[str, float], empty: Mapping[str, float], rest_s: int) -> list[dict[str, object]]:
     idle = sum(mb for name, mb in empty.items() if name.startswith("replica")) / len(DEPLOYMENTS)
-    pairs = [("whole service", sum(ours.values()), "the whole empty application", sum(empty.values()))]
+    pairs: list[tuple[str, float, str, float | None]] = [
+        ("whole service", sum(ours.values()), "the whole empty application", sum(empty.values()))
+    ]
     for name, mb in sorted(ours.items()):
         against = ("a replica that does nothing", idle) if name.startswith("replica") else ("the same", empty.get(name))
         pairs.append((name, mb, *against))

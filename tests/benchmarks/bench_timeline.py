@@ -37,7 +37,7 @@ class RawReader:
     def read(self, blocks: range) -> NDArray[np.uint8]:
         size = BLOCK_SLOTS * FORMAT.token_bytes
         target = np.empty(len(blocks) * size, np.uint8)
-        view = memoryview(target)
+        view = memoryview(target.data)
         at = 0
         for first in range(0, len(blocks), BLOCKS_PER_READ):
             some = blocks[first : first + BLOCKS_PER_READ]

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -44,7 +45,7 @@ def write_larger_checkpoint(folder: Path) -> Path:
     return folder
 
 
-def _larger_weights(raw: dict[str, object]) -> dict[str, torch.Tensor]:
+def _larger_weights(raw: dict[str, Any]) -> dict[str, torch.Tensor]:
     layers, looking = _LARGER_LLAMA["num_hidden_layers"], _LARGER_LLAMA["prefusion_layer_num"]
     plain = {key: value for key, value in raw.items() if key not in {"model_type", "architectures"}}
     both = LlamaForCausalLM(LlamaConfig(**plain | {"num_hidden_layers": layers + looking}))
