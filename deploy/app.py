@@ -316,7 +316,7 @@ def _options(name: str, scaling: Scaling, serving: ServeSettings) -> dict[str, A
             "num_gpus": scaling.gpus,
             "resources": dict(scaling.resources),
         },
-        "max_ongoing_requests": serving.max_ongoing_requests,
+        "max_ongoing_requests": scaling.max_ongoing_requests,
         "max_queued_requests": serving.max_queued_requests,
         "graceful_shutdown_timeout_s": serving.graceful_shutdown_s,
         "health_check_period_s": HEALTH_PERIOD_S,

@@ -4,9 +4,9 @@
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import (
     BaseModel,
@@ -48,6 +48,7 @@ class Scaling(BaseModel):
     resources: dict[str, float] = Field(
         default_factory=dict, description="Custom Ray resources a replica needs, to place it on certain nodes."
     )
+    max_ongoing_requests: PositiveInt = Field(default=64, description="Calls that a replica works on at once.")
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -84,17 +85,30 @@ class ServeSettings(BaseModel):
     max_queued_requests: PositiveInt = Field(
         default=256, description="Calls that wait for a deployment before it answers `queue_full`."
     )
-    max_ongoing_requests: PositiveInt = Field(default=64, description="Calls that a replica works on at once.")
     graceful_shutdown_s: PositiveFloat = Field(
         default=20, description="Time a stopping replica has to finish its work."
     )
 
-    api: LoadScaling = LoadScaling(target_ongoing_requests=32)
+    api: LoadScaling = LoadScaling(max_ongoing_requests=512, target_ongoing_requests=32)  # open event streams count
     ingest: IngestScaling = IngestScaling()
     compressor: LoadScaling = LoadScaling(cpus=1, target_ongoing_requests=8)
     search: LoadScaling = LoadScaling(target_ongoing_requests=8)
     qa: LoadScaling = LoadScaling(cpus=1, target_ongoing_requests=2)
     janitor: Scaling = Scaling(cpus=0.1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_the_rest(cls, given: Any) -> Any:
+        """Let one value of a deployment leave its others at that deployment's defaults."""
+        if not isinstance(given, Mapping):
+            return given
+        usual = {name: field.default for name, field in cls.model_fields.items() if isinstance(field.default, Scaling)}
+        merged = {
+            name: usual[name].model_dump(exclude_unset=True) | value
+            for name, value in given.items()
+            if name in usual and isinstance(value, Mapping)
+        }
+        return {**given, **merged}
 
 
 class Settings(BaseSettings):
@@ -103,7 +117,12 @@ class Settings(BaseSettings):
     Flags come first, then the environment, then the YAML file that TOKENLINE_CONFIG names, then the defaults.
     """
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, env_nested_delimiter="__", frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        env_nested_delimiter="__",
+        frozen=True,
+        extra="forbid",
+    )
 
     store: StoreSettings = Field(default_factory=StoreSettings)
     model: ModelSettings = Field(default_factory=ModelSettings)

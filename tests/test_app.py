@@ -83,3 +83,12 @@ def test_a_taken_port_is_told_before_ray_shares_it():
 def test_every_deployment_can_reach_its_most_replicas_on_a_small_machine():
     serve = {"ingest": {"cpus": 3, "max_replicas": 10}}
     assert needed_cpus(Settings(serve=serve)) >= 30
+
+
+def test_one_value_of_a_part_leaves_the_others_as_they_are(monkeypatch):
+    monkeypatch.setenv("TOKENLINE_SERVE__COMPRESSOR__MAX_REPLICAS", "4")
+    usual, changed = Settings.model_fields["serve"].get_default(call_default_factory=True), Settings().serve
+    assert changed.compressor == usual.compressor.model_copy(update={"max_replicas": 4})
+    given = Settings(serve={"api": {"max_replicas": 3}}).serve
+    assert given.api == usual.api.model_copy(update={"max_replicas": 3})
+    assert given.compressor == changed.compressor
