@@ -104,7 +104,7 @@ class ServeSettings(BaseModel):
             return given
         usual = {name: field.default for name, field in cls.model_fields.items() if isinstance(field.default, Scaling)}
         merged = {
-            name: usual[name].model_dump(exclude_unset=True) | value
+            name: {**usual[name].model_dump(exclude_unset=True), **value}
             for name, value in given.items()
             if name in usual and isinstance(value, Mapping)
         }
