@@ -7,6 +7,7 @@ Each benchmark is a module `bench_NAME` beside this file that prints one JSON ob
 """
 
 import argparse
+import ast
 import json
 import os
 import platform
@@ -70,11 +71,18 @@ def table(rows: list[dict[str, object]]) -> str:
         first = chosen[0]
         timed = "no GPU" not in str(first["machine"])
         columns = [key for key in first if key not in _ABOUT and (timed or not key.endswith("_s"))]
-        parts.append(f"## {benchmark}\n\n`{first['command']}`, {first['date']}, on: {first['machine']}\n")
+        parts.append(f"## {benchmark}\n\n{_docstring(str(first['command']))}\n")
+        parts.append(f"Measured {first['date']} with `{first['command']}` on: {first['machine']}.\n")
         parts.append("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
         parts.extend("| " + " | ".join(_shown(row.get(column)) for column in columns) + " |" for row in chosen)
         parts.append("")
     return "\n".join(parts)
+
+
+def _docstring(command: str) -> str:
+    """Return what the module of a command says of itself: what is measured, and what the columns mean."""
+    module = command.split()[2].rpartition(".")[2]
+    return ast.get_docstring(ast.parse((HERE / f"{module}.py").read_text())) or ""
 
 
 def _shown(value: object) -> str:

@@ -3,8 +3,8 @@
     python -m tests.benchmarks.bench_fusion [--frames 600]
 
 The frames are the pictures of three real scenes, one after the other; the K of them are those that the answerer takes.
-An error is the Euclidean length of what the two texts differ by; text that saw no frame at all is what it is set
-against.
+An error is the Euclidean length of what the two texts differ by; `relative_error` is that over the length of the exact
+text, and the ratio sets it against the error of text that saw no frame at all.
 """
 
 import argparse

@@ -6,6 +6,9 @@ Both sides have the same weights, process, threads and pictures, and write as ma
 served, citations included, on a real Redis and keyframe folder; the first question about the range is not counted. The
 other side does what the published code does: every frame alone through the whole model with the question's text, the
 text averaged, then the language model. It has its JPEGs in memory, and no video to decode.
+
+`fusion_share` is the part of our time until the question's text is fused with its sample of frames; `over_first` is our
+time over that of the first question about the range; "prefix not kept" is a replica that has forgotten the range.
 """
 
 import argparse
