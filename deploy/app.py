@@ -246,9 +246,8 @@ class Caretaker:
             raise RuntimeError("the janitor has ended")
 
     async def __del__(self) -> None:
-        while not self._task.done():  # one cancellation may be lost inside the Redis client (measured)
-            self._task.cancel()
-            await asyncio.wait([self._task], timeout=1)
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
 
 
 class _Addresses:

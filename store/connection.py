@@ -1,5 +1,6 @@
 """The way to Redis: an address that is given, or a server of our own."""
 
+import asyncio
 import fcntl
 import logging
 import os
@@ -7,13 +8,14 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 from urllib.parse import quote
 
 import redis as blocking
@@ -24,6 +26,8 @@ from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 OLDEST_SERVER = (6, 2)
 MAX_SOCKET_PATH = 100  # bytes; the kernel takes 108
@@ -70,18 +74,32 @@ def named_failures() -> Iterator[None]:
         raise
 
 
+async def _awaited(call: Awaitable[T]) -> T:
+    """Await a call of redis-py, and raise a cancellation that got lost in it.
+
+    redis-py sends inside `asyncio.wait_for`, which before Python 3.12 may drop one (CPython issue 86296).
+    """
+    task = asyncio.current_task()
+    requests = task.cancelling() if task else 0
+    try:
+        with named_failures():
+            return await call
+    finally:
+        lost = task is not None and task.cancelling() > requests
+        if lost and not isinstance(sys.exception(), asyncio.CancelledError):
+            raise asyncio.CancelledError
+
+
 class _StorePipeline(Pipeline):
     async def execute(self, raise_on_error: bool = True) -> list[Any]:
-        with named_failures():
-            return await super().execute(raise_on_error)
+        return await _awaited(super().execute(raise_on_error))
 
 
 class StoreRedis(Redis):
     """An asyncio Redis client whose commands and pipelines raise StoreUnavailable when the server is out of service."""
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
-        with named_failures():
-            return await super().execute_command(*args, **options)  # type: ignore[no-untyped-call]
+        return await _awaited(super().execute_command(*args, **options))  # type: ignore[no-untyped-call]
 
     def pipeline(self, transaction: bool = True, shard_hint: str | None = None) -> _StorePipeline:
         return _StorePipeline(self.connection_pool, self.response_callbacks, transaction, shard_hint)

@@ -1,5 +1,6 @@
 """The server of our own, and what is raised when a server is out of service."""
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -230,3 +231,20 @@ def test_an_old_server_on_the_path_is_passed_over(tmp_path):
     )
     assert ended.stdout.strip() == "True"
     assert "5.0, too old" in ended.stderr
+
+
+async def test_no_cancellation_is_lost_in_a_command(redis):
+    async def ask_for_ever():
+        while True:
+            await redis.ping()
+            async with redis.pipeline(transaction=False) as pipe:
+                pipe.ping()
+                await pipe.execute()
+
+    for number in range(200):
+        asking = asyncio.create_task(ask_for_ever())
+        await asyncio.sleep(number / 100_000)  # another place in the command each time
+        asking.cancel()
+        done, _ = await asyncio.wait([asking], timeout=5)
+        assert done, "the task went on"
+        assert asking.cancelled()
