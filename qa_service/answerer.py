@@ -330,10 +330,9 @@ class Answerer:
         """Return the mode, and the number of frames that text is fused with."""
         if asked == "none":
             return "none", 0
-        few = self._settings.fusion_frames if asked == "sampled" else self._settings.exact_fusion_frames
-        if asked == "exact" or frames <= few:  # a sample of all frames is no sample
+        if asked == "exact" or frames <= self._settings.fusion_frames:  # a sample of all frames is no sample
             return "exact", frames
-        return "sampled", min(frames, self._settings.fusion_frames)
+        return "sampled", self._settings.fusion_frames
 
     # What the model reads
 

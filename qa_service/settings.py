@@ -37,10 +37,10 @@ class QASettings(BaseModel):
         default=True,
         description="End the prompt with the head of the assistant's turn. The published code does not.",
     )
-    exact_fusion_frames: NonNegativeInt = Field(
-        default=16, description="text_fusion `auto` is exact up to this many frames, and sampled beyond."
+    fusion_frames: PositiveInt = Field(
+        default=32,
+        description="Frames that `sampled` text fusion looks at again; up to so many it is exact, and so is `auto`.",
     )
-    fusion_frames: PositiveInt = Field(default=32, description="Frames that `sampled` text fusion looks at again.")
     fusion_batch_frames: PositiveInt = Field(
         default=32, description="Frames in one call to the compressor for text fusion."
     )

@@ -116,13 +116,12 @@ async def test_a_follow_up_from_the_kept_prefix_answers_as_one_without_it(parts)
 
 async def test_auto_fusion_is_exact_up_to_its_limit_and_sampled_beyond(parts):
     stream, base = await parts.stream(range(9))
-    short, long = (asked(stream_range(stream, base, base + count)) for count in (4, 9))
-    limits = {"exact_fusion_frames": 4, "fusion_frames": 3}
+    short, long = (asked(stream_range(stream, base, base + count)) for count in (3, 9))
 
-    exact = await answer(parts, short, **limits)
-    sampled = await answer(parts, long, **limits)
+    exact = await answer(parts, short, fusion_frames=3)
+    sampled = await answer(parts, long, fusion_frames=3)
 
-    assert (exact.coverage.text_fusion, exact.coverage.fusion_frames) == ("exact", 4)
+    assert (exact.coverage.text_fusion, exact.coverage.fusion_frames) == ("exact", 3)
     assert (sampled.coverage.text_fusion, sampled.coverage.fusion_frames) == ("sampled", 3)
     assert parts.compressor.fused[-1] == [(stream.id, (base + 1, base + 4, base + 7))]
 
