@@ -5,14 +5,15 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 ROOT = Path(__file__).parent.parent
-START_S, STOP_S = 300, 60
+PATIENCE_S, STOP_S = 120, 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,15 @@ def start_service(data_dir: Path, errors: IO[str], settings: Mapping[str, str] |
         text=True,
         start_new_session=True,
     )
+
+
+def wait_until(condition: Callable[[], Any]) -> Any:
+    """Return the first value of the condition that is true."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "what was waited for did not happen"
+        time.sleep(0.2)
+    return value
 
 
 def kill_replica(service: RunningService, deployment: str) -> None:

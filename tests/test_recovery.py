@@ -2,19 +2,16 @@
 
 import os
 import signal
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
 
 from tests.ingest_parts import encode, simulated_camera, steady
-from tests.service import RunningService, running_service
+from tests.service import RunningService, kill_replica, running_service, wait_until
 from tests.test_store_connection import server_pid
 
-PATIENCE_S = 120
 LEASES = {"TOKENLINE_INGEST__LEASE_S": "4", "TOKENLINE_INGEST__RENEW_S": "1"}
 
 
@@ -28,30 +25,6 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService
 def client(service: RunningService) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=service.url, timeout=60) as client:
         yield client
-
-
-def kill(service: RunningService, deployment: str) -> None:
-    """End the one replica of a deployment as the kernel does when memory runs out."""
-    mine = f"TOKENLINE_STORE__DATA_DIR={service.data_dir}".encode()
-    replicas = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            title = (process / "cmdline").read_bytes()
-            is_one = title.startswith(b"ray::ServeReplica:tokenline:" + deployment.encode())
-            if is_one and mine in (process / "environ").read_bytes():
-                replicas.append(int(process.name))
-        except OSError:
-            continue
-    [replica] = replicas
-    os.kill(replica, signal.SIGKILL)
-
-
-def wait_until(condition: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + PATIENCE_S
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "what was waited for did not happen"
-        time.sleep(0.2)
-    return value
 
 
 def timeline(client: httpx.Client, source_id: str) -> dict[str, Any]:
@@ -75,8 +48,8 @@ def test_a_camera_and_a_video_outlive_compressor_ingest_and_redis(service, clien
         with clip.open("rb") as file:
             made = client.post("/v1/videos", files={"file": ("clip.mp4", file)}, data={"fps": "10"}).json()["id"]
         for killing in (
-            lambda: kill(service, "compressor"),
-            lambda: kill(service, "ingest"),
+            lambda: kill_replica(service, "compressor"),
+            lambda: kill_replica(service, "ingest"),
             lambda: os.kill(server_pid(service.data_dir), signal.SIGKILL),
         ):
             wait_until(lambda: video(client, made).get("progress", 0) > 0)

@@ -4,8 +4,7 @@ import json
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,16 @@ from compressor_service.llava_mini import LlavaMini
 from compressor_service.llava_mini.prompt import Prompt
 from ingest.sample_camera import SampleCamera
 from tests.ingest_parts import free_port, real_clip, simulated_camera
-from tests.service import RunningService, kill_replica, processes_of, running_service, start_service
+from tests.service import (
+    PATIENCE_S,
+    RunningService,
+    kill_replica,
+    processes_of,
+    running_service,
+    start_service,
+    wait_until,
+)
 
-PATIENCE_S = 90
 PASSWORD = "s3cret/p@ss w#rd"
 
 
@@ -54,14 +60,6 @@ def bikes(client: httpx.Client) -> str:
         made = client.post("/v1/videos", files={"file": ("bikes.mp4", file, "video/mp4")})
     assert made.status_code == 202, made.text
     return finished(client, made.json()["id"])["id"]
-
-
-def wait_until(condition: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + PATIENCE_S
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "what was waited for did not happen"
-        time.sleep(0.2)
-    return value
 
 
 def frames_of(client: httpx.Client, source_id: str) -> int:
