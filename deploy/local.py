@@ -137,6 +137,20 @@ def _interrupt_once() -> None:
 
 
 @contextmanager
+def _signals_held() -> Iterator[None]:
+    """Keep a signal until the block has ended: Ray's native code aborts the process when it is interrupted."""
+    held: list[int] = []
+    for number in _SIGNALS:
+        signal.signal(number, lambda number, _: held.append(number))
+    try:
+        yield
+    finally:
+        _interrupt_once()  # Ray puts a handler of its own in its place, too
+    if held:
+        signal.raise_signal(held[0])
+
+
+@contextmanager
 def _ray(settings: Settings) -> Iterator[None]:
     # Ray reads these when it is imported and started: no usage statistics leave the machine, no log line is repeated.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -145,14 +159,14 @@ def _ray(settings: Settings) -> Iterator[None]:
 
     root = str(Path(__file__).parent.parent)
     try:
-        ray.init(
-            num_cpus=needed_cpus(settings),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            runtime_env={"env_vars": {"PYTHONPATH": root}},
-        )
-        _interrupt_once()  # again: Ray has put a handler of its own in its place
+        with _signals_held():
+            ray.init(
+                num_cpus=needed_cpus(settings),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                runtime_env={"env_vars": {"PYTHONPATH": root}},
+            )
         with _application(settings):
             yield
     finally:

@@ -16,6 +16,7 @@ from store.format import HOUR_SLOTS
 from store.timeline import FrameNotKept
 
 ERASE_TRIES = 5
+WRITE_ATTEMPTS = 10  # erasures remove empty folders; a write comes between them soon
 _SOURCE_ID = re.compile(r"[A-Za-z0-9_-]+")  # a part of a path: nothing that leaves the root
 
 
@@ -151,14 +152,14 @@ class Keyframes:
 def _write_whole(path: Path, content: bytes) -> None:
     """Write a file so that readers see it whole or not at all."""
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    for attempt in range(3):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    for attempt in range(WRITE_ATTEMPTS):
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             draft.write_bytes(content)
             draft.replace(path)
             return
-        except FileNotFoundError:  # an erasure removed the empty folder just now
-            if attempt == 2:
+        except (FileNotFoundError, FileExistsError):  # an erasure removed an empty folder just now
+            if attempt == WRITE_ATTEMPTS - 1:
                 raise
         except BaseException:
             draft.unlink(missing_ok=True)
