@@ -10,8 +10,8 @@ from torch import Tensor
 from compressor_service.facts import BadPicture
 
 # Of CLIP, by colour channel.
-_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
-_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 _MAX_PIXELS = 64_000_000  # larger than any camera's picture: beyond it a small file could fill the memory
 _FORMATS = ("JPEG", "PNG", "WEBP")
 
@@ -36,7 +36,7 @@ def pixels(picture: bytes, *, image_size: int, ratio: int) -> Tensor:
 
 def _normalised(picture: Image.Image) -> Tensor:
     values = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-    return (values.float() / 255 - _MEAN) / _STD
+    return (values.float() / 255 - MEAN) / STD
 
 
 def _decode(picture: bytes) -> Image.Image:

@@ -1,0 +1,609 @@
+"""Questions about pictures and clips, with the one right answer to each, drawn so that no answer can be guessed.
+
+A family is one thing to be good at. Where its answers could be guessed from their frequency, the answer is drawn first
+and then a question that has it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+from compressor_service.training import words
+from compressor_service.training.scene import (
+    COLOURS,
+    KINDS,
+    MAX_EVENTS,
+    MOVING,
+    PLACES,
+    SIZES,
+    VERBS,
+    Clip,
+    Event,
+    Thing,
+    View,
+)
+
+Random = np.random.Generator
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A question about a picture or a clip, its right answer, and the family it counts for."""
+
+    family: str
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Story:
+    """A clip with what its questions are about, worked out once."""
+
+    clip: Clip
+    views: tuple[View, ...]
+
+    @classmethod
+    def of(cls, clip: Clip) -> "Story":
+        return cls(clip, tuple(clip.views()))
+
+    @property
+    def events(self) -> tuple[Event, ...]:
+        return self.clip.events
+
+    @property
+    def start(self) -> View:
+        return self.views[0]
+
+    @property
+    def end(self) -> View:
+        return self.views[-1]
+
+    @property
+    def cast(self) -> list[Thing]:
+        """Everything that is seen at any time, in the order of lists."""
+        return sorted((thing for thing, _ in self.clip.tracks), key=lambda thing: thing.order)
+
+
+OnPicture = Callable[[Random, View], tuple[str, str] | None]
+OnClip = Callable[[Random, Story], tuple[str, str] | None]
+
+
+def ask_picture(random: Random, view: View, family: str) -> Asked | None:
+    """Ask about a picture; None where this picture has no question of the family."""
+    made = PICTURE_FAMILIES[family](random, view)
+    return None if made is None else Asked(family, _as_typed(random, made[0]), made[1])
+
+
+def ask_clip(random: Random, story: Story, family: str) -> Asked | None:
+    """Ask about a clip; None where this clip has no question of the family."""
+    made = CLIP_FAMILIES[family](random, story)
+    return None if made is None else Asked(family, _as_typed(random, made[0]), made[1])
+
+
+# Pictures
+
+
+def _what(random: Random, view: View) -> tuple[str, str]:
+    question = _one(
+        random,
+        "What is in the picture?",
+        "What can you see?",
+        "What is there?",
+        "List everything that is there.",
+        "What do you see in the picture?",
+    )
+    return question, words.listed([one.thing for one in view.visible])
+
+
+def _colour(random: Random, view: View) -> tuple[str, str] | None:
+    found = _single(random, [one.thing for one in view.visible if one.thing.colour])
+    if found is None or found.colour is None:
+        return None
+    return _of_colour(random, found.kind, "is"), found.colour
+
+
+def _presence(random: Random, view: View) -> tuple[str, str] | None:
+    sought = _sought(random, [one.thing for one in view.visible])
+    if sought is None:
+        return None
+    noun, answer = sought
+    question = _one(
+        random,
+        "Is there a {0}?",
+        "Is there a {0} in the picture?",
+        "Do you see a {0}?",
+        "Can you see a {0}?",
+        "Is a {0} there?",
+    )
+    return question.format(noun), answer
+
+
+def _count(random: Random, view: View) -> tuple[str, str] | None:
+    things = [one.thing for one in view.visible]
+    if random.random() < 0.25:
+        question = _one(random, "How many things are there?", "How many things do you see?", "Count the things.")
+        return question, words.NUMBERS[len(things)]
+    counted = _counted(random, [thing.kind for thing in things])
+    if counted is None:
+        return None
+    question = _one(
+        random, "How many {0} are there?", "How many {0} do you see?", "Count the {0}.", "What is the number of {0}?"
+    )
+    return question.format(words.PLURALS[counted[0]]), counted[1]
+
+
+def _place(random: Random, view: View) -> tuple[str, str] | None:
+    found = _referred(random, [one.thing for one in view.visible])
+    if found is None:
+        return None
+    thing, noun = found
+    placed = next(one for one in view.visible if one.thing == thing)
+    question = _one(random, "Where is the {0}?", "At what place is the {0}?", "Where do you see the {0}?")
+    return question.format(noun), words.place(placed)
+
+
+def _at_place(random: Random, view: View) -> tuple[str, str]:
+    taken = {words.place(one): one.thing for one in view.visible}
+    free = [words.where(*place) for place in PLACES if words.where(*place) not in taken]
+    wanted = list(taken) if taken and (not free or random.random() < 0.75) else free
+    place = _any(random, wanted)
+    question = _one(random, "What is at the {0}?", "What is {0}?", "What stands at the {0}?", "What do you see {0}?")
+    return question.format(place), words.listed([taken[place]] if place in taken else [])
+
+
+def _size(random: Random, view: View) -> tuple[str, str] | None:
+    found = _referred(random, [one.thing for one in view.visible])
+    if found is None:
+        return None
+    thing, noun = found
+    if random.random() < 0.5:
+        return _one(random, "Is the {0} big or small?", "How big is the {0}?").format(noun), thing.size
+    size = str(random.choice(SIZES))
+    return f"Is the {noun} {size}?", _yes(thing.size == size)
+
+
+def _light(random: Random, view: View) -> tuple[str, str]:
+    return _day_or_night(random, view)
+
+
+def _weather(random: Random, view: View) -> tuple[str, str]:
+    return _one(random, "Is it raining?", "Does it rain?", "Is there rain?"), _yes(view.setting.rain)
+
+
+def _setting(random: Random, view: View) -> tuple[str, str]:
+    question = _one(random, "Is this a street or a yard?", "What place is this?", "What kind of place is it?")
+    return question, "street" if view.setting.street else "yard"
+
+
+def _gate(random: Random, view: View) -> tuple[str, str]:
+    if random.random() < 0.5:
+        return _one(random, "Is the gate open or closed?", "How is the gate?"), _gate_word(view.gate_open)
+    asked_open = random.random() < 0.5
+    return f"Is the gate {_gate_word(asked_open)}?", _yes(view.gate_open == asked_open)
+
+
+def _lamp(random: Random, view: View) -> tuple[str, str]:
+    if random.random() < 0.5:
+        return _one(random, "Is the lamp on or off?", "How is the lamp?"), _lamp_word(view.lamp_on)
+    asked_on = random.random() < 0.5
+    return f"Is the lamp {_lamp_word(asked_on)}?", _yes(view.lamp_on == asked_on)
+
+
+PICTURE_FAMILIES: dict[str, OnPicture] = {
+    "what": _what,
+    "colour": _colour,
+    "presence": _presence,
+    "count": _count,
+    "place": _place,
+    "at_place": _at_place,
+    "size": _size,
+    "light": _light,
+    "weather": _weather,
+    "setting": _setting,
+    "gate": _gate,
+    "lamp": _lamp,
+}
+
+
+# Clips
+
+
+def _caption(random: Random, story: Story) -> tuple[str, str]:
+    question = _one(
+        random,
+        "What happened?",
+        "What happens?",
+        "Describe what happened.",
+        "Tell me what happened.",
+        "What is going on?",
+    )
+    told = [words.told(event) for event in story.events]
+    return question, ", then ".join(told) if told else words.NOTHING
+
+
+def _did(random: Random, story: Story) -> tuple[str, str] | None:
+    """Did something happen, yes or no: as often a thing that was there but did something else as one that was not."""
+    wanted = bool(random.integers(2))
+    verbs = [event.verb for event in story.events]
+    if wanted and not verbs:
+        return None
+    verb = _any(random, verbs) if wanted else str(random.choice(VERBS, p=(0.25, 0.25, 0.2, 0.1, 0.1, 0.1)))
+    happened = [event for event in story.events if event.verb == verb]
+    if verb in ("gate", "lamp"):
+        on = bool(random.integers(2))
+        if any(event.on == on for event in happened) != wanted:
+            return None
+        return _one(random, *_DID[verb, on]), _yes(wanted)
+    if wanted:
+        thing = _any(random, happened).thing
+        assert thing is not None
+        kind, colour = thing.kind, thing.colour if random.random() < 0.5 else None
+    else:
+        doers = {event.thing for event in happened}
+        others = [
+            thing for thing in story.cast if thing not in doers and not (verb == "moves" and thing.kind not in MOVING)
+        ]
+        if others and random.random() < 0.6:
+            kind, colour = _any(random, others).kind, None
+        else:
+            kind, colour = str(random.choice(MOVING if verb in ("crosses", "moves") else KINDS)), None
+        if kind != "fire" and random.random() < 0.5:
+            colour = str(random.choice(COLOURS))
+        if any(thing is not None and _fits(thing, kind, colour) for thing in doers):
+            return None
+    if verb == "crosses" and kind not in MOVING:
+        return None
+    return _one(random, *_did_phrases(verb, kind)).format(words.noun(kind, colour)), _yes(wanted)
+
+
+def _who(random: Random, story: Story) -> tuple[str, str] | None:
+    verb = str(random.choice(("comes", "goes", "crosses", "moves")))
+    doers = [event.thing for event in story.events if event.verb == verb and event.thing is not None]
+    if len(doers) != 1:
+        return None
+    kind = doers[0].kind
+    phrases: tuple[str, ...] = {
+        "comes": ("What came in?", "What is it that came in?", "What appeared?"),
+        "goes": ("What went away?", "What disappeared?", "What is it that went away?"),
+        "crosses": ("What crossed?", "What passed by?", "What went across?"),
+        "moves": ("What moved?", "What changed its place?", "What moved to another place?"),
+    }[verb]
+    if verb == "comes" and kind not in MOVING:
+        phrases = ("What appeared?", "What is new?")
+    if verb == "goes" and kind not in MOVING:
+        phrases = ("What disappeared?", "What is no longer there?")
+    return _one(random, *phrases), words.listed(doers)
+
+
+def _direction(random: Random, story: Story) -> tuple[str, str] | None:
+    sided = [event for event in story.events if event.side is not None]
+    if not sided:
+        return None
+    event = _any(random, sided)
+    assert event.thing is not None
+    same = [other for other in sided if other.thing is not None and other.thing.kind == event.thing.kind]
+    noun = event.thing.kind if len(same) == 1 and random.random() < 0.5 else words.name(event.thing)
+    if len([other for other in sided if other.thing == event.thing]) != 1:
+        return None
+    question = _one(
+        random, "Which way did the {0} go?", "In which direction did the {0} move?", "To which side did the {0} go?"
+    )
+    return question.format(noun), f"to the {event.side}"
+
+
+def _order(random: Random, story: Story) -> tuple[str, str] | None:
+    pair = _pair(random, story)
+    if pair is None:
+        return None
+    first, second = pair
+    before = random.random() < 0.5
+    right = random.random() < 0.5
+    early, late = (first, second) if right else (second, first)
+    told = words.told(early), words.told(late)
+    question = (
+        _one(random, "Is it true that {0} before {1}?", "Was it so that {0} before {1}?").format(*told)
+        if before
+        else _one(random, "Is it true that {1} after {0}?", "Was it so that {1} after {0}?").format(*told)
+    )
+    return question, _yes(right)
+
+
+def _first(random: Random, story: Story) -> tuple[str, str] | None:
+    pair = _pair(random, story)
+    if pair is None:
+        return None
+    early_asked = random.random() < 0.7
+    told = [words.told(event) for event in pair]
+    shown = told if random.random() < 0.5 else told[::-1]
+    if early_asked:
+        question = _one(random, "What happened first: {0} or {1}?", "Which came first, {0} or {1}?")
+        return question.format(*shown), told[0]
+    question = _one(random, "What happened last: {0} or {1}?", "Which came later, {0} or {1}?")
+    return question.format(*shown), told[1]
+
+
+def _now(random: Random, story: Story) -> tuple[str, str] | None:
+    return _there(
+        random, story, story.end, ("Is there a {0} now?", "Is there a {0} at the end?", "Do you see a {0} now?")
+    )
+
+
+def _at_start(random: Random, story: Story) -> tuple[str, str] | None:
+    return _there(
+        random,
+        story,
+        story.start,
+        ("Was there a {0} at the start?", "Was there a {0} in the beginning?", "Was a {0} there at first?"),
+    )
+
+
+def _there(random: Random, story: Story, view: View, phrases: Sequence[str]) -> tuple[str, str] | None:
+    """Yes or no about one time of a clip; a no is as often about something that is there at another time."""
+    things = [one.thing for one in view.visible]
+    elsewhere = [thing for thing in story.cast if thing not in things]
+    if elsewhere and random.random() < 0.3:
+        thing = _any(random, elsewhere)
+        colour = thing.colour if random.random() < 0.5 else None
+        if any(_fits(other, thing.kind, colour) for other in things):
+            return None
+        return _one(random, *phrases).format(words.noun(thing.kind, colour)), "no"
+    sought = _sought(random, things, chance=0.65)
+    return None if sought is None else (_one(random, *phrases).format(sought[0]), sought[1])
+
+
+def _ever(random: Random, story: Story) -> tuple[str, str] | None:
+    sought = _sought(random, story.cast)
+    if sought is None:
+        return None
+    question = _one(
+        random, "Was there a {0}?", "Did you see a {0}?", "Was a {0} there at any time?", "Has there been a {0}?"
+    )
+    return question.format(sought[0]), sought[1]
+
+
+def _what_now(random: Random, story: Story) -> tuple[str, str]:
+    return _one(random, "What is there now?", "What is there at the end?", "What do you see now?"), words.listed(
+        [one.thing for one in story.end.visible]
+    )
+
+
+def _what_at_start(random: Random, story: Story) -> tuple[str, str]:
+    return _one(
+        random, "What was there at the start?", "What was there in the beginning?", "What did you see at first?"
+    ), (words.listed([one.thing for one in story.start.visible]))
+
+
+def _changed(random: Random, story: Story) -> tuple[str, str]:
+    question = _one(
+        random,
+        "What has changed?",
+        "What is different now?",
+        "What changed since the start?",
+        "What is different at the end?",
+    )
+    return question, _changes(story)
+
+
+def _clip_colour(random: Random, story: Story) -> tuple[str, str] | None:
+    found = _single(random, [thing for thing in story.cast if thing.colour])
+    if found is None or found.colour is None:
+        return None
+    verbs = [event.verb for event in story.events if event.thing == found]
+    if verbs and random.random() < 0.5:
+        past = {"comes": "came in", "goes": "went away", "crosses": "crossed", "moves": "moved"}[verbs[0]]
+        if found.kind not in MOVING:
+            past = {"comes": "was put down", "goes": "was taken away"}[verbs[0]]
+        if found.kind == "person":
+            return f"What colour did the person that {past} wear?", found.colour
+        return f"What colour was the {found.kind} that {past}?", found.colour
+    return _of_colour(random, found.kind, "was"), found.colour
+
+
+def _how_often(random: Random, story: Story) -> tuple[str, str] | None:
+    number = int(random.choice(MAX_EVENTS, p=(0.15, 0.25, 0.4, 0.2)))
+    verbs = [event.verb for event in story.events]
+    fitting = [verb for verb in VERBS[:4] if verbs.count(verb) == number]
+    if not fitting:
+        return None
+    verb = _any(random, fitting)
+    phrases = {
+        "comes": ("How many things came in or appeared?", "How many new things came?"),
+        "goes": ("How many things went away?", "How many things disappeared?"),
+        "crosses": ("How many things crossed?", "How many things passed by?"),
+        "moves": ("How often did something move to another place?", "How many moves were there?"),
+    }[verb]
+    return _one(random, *phrases), words.NUMBERS[number]
+
+
+def _gate_now(random: Random, story: Story) -> tuple[str, str]:
+    if random.random() < 0.5:
+        question, view = _one(random, "Is the gate open or closed now?", "How is the gate now?"), story.end
+    else:
+        question = _one(random, "Was the gate open or closed at the start?", "How was the gate at the start?")
+        view = story.start
+    return question, _gate_word(view.gate_open)
+
+
+def _lamp_now(random: Random, story: Story) -> tuple[str, str]:
+    if random.random() < 0.5:
+        question, view = _one(random, "Is the lamp on or off now?", "How is the lamp now?"), story.end
+    else:
+        question, view = (
+            _one(random, "Was the lamp on or off at the start?", "How was the lamp at the start?"),
+            story.start,
+        )
+    return question, _lamp_word(view.lamp_on)
+
+
+def _clip_light(random: Random, story: Story) -> tuple[str, str]:
+    return _day_or_night(random, story.start)
+
+
+CLIP_FAMILIES: dict[str, OnClip] = {
+    "caption": _caption,
+    "did": _did,
+    "who": _who,
+    "direction": _direction,
+    "order": _order,
+    "first": _first,
+    "now": _now,
+    "at_start": _at_start,
+    "ever": _ever,
+    "what_now": _what_now,
+    "what_at_start": _what_at_start,
+    "changed": _changed,
+    "colour": _clip_colour,
+    "how_often": _how_often,
+    "gate": _gate_now,
+    "lamp": _lamp_now,
+    "light": _clip_light,
+}
+LONG_TEXTS = ("what", "caption", "first", "order", "what_now", "what_at_start", "changed")
+
+_DID: dict[tuple[str, bool], tuple[str, ...]] = {
+    ("gate", True): ("Did the gate open?", "Did somebody open the gate?", "Was the gate opened?"),
+    ("gate", False): ("Did the gate close?", "Did somebody close the gate?", "Was the gate closed by somebody?"),
+    ("lamp", True): ("Did the lamp go on?", "Did somebody turn the lamp on?", "Was the lamp turned on?"),
+    ("lamp", False): ("Did the lamp go off?", "Did somebody turn the lamp off?", "Was the lamp turned off?"),
+}
+
+
+def _did_phrases(verb: str, kind: str) -> tuple[str, ...]:
+    match verb, kind:
+        case "comes", "parcel":
+            return ("Was a {0} put down?", "Did somebody leave a {0}?", "Was a {0} delivered?")
+        case "comes", "fire":
+            return ("Did a {0} start?", "Did a {0} break out?")
+        case "comes", _:
+            return ("Did a {0} come in?", "Did a {0} arrive?", "Has a {0} come in?")
+        case "goes", "parcel":
+            return ("Was a {0} taken away?", "Did somebody take a {0}?", "Was a {0} stolen?")
+        case "goes", "fire":
+            return ("Did a {0} go out?", "Was a {0} put out?")
+        case "goes", _:
+            return ("Did a {0} go away?", "Did a {0} leave?", "Has a {0} gone away?")
+        case "crosses", _:
+            return ("Did a {0} cross?", "Did a {0} pass by?", "Has a {0} crossed?")
+        case _:
+            return (
+                "Did a {0} move to another place?",
+                "Did a {0} change its place?",
+                "Has a {0} moved to another place?",
+            )
+
+
+def _changes(story: Story) -> str:
+    start = {one.thing: one for one in story.start.visible}
+    end = {one.thing: one for one in story.end.visible}
+    told = [f"a {words.name(thing)} is new" for thing in end if thing not in start]
+    told += [f"a {words.name(thing)} is gone" for thing in start if thing not in end]
+    told += [
+        f"a {words.name(thing)} has moved"
+        for thing, placed in end.items()
+        if thing in start and words.place(placed) != words.place(start[thing])
+    ]
+    if story.start.gate_open != story.end.gate_open:
+        told.append(f"the gate is {_gate_word(story.end.gate_open)}")
+    if story.start.lamp_on != story.end.lamp_on:
+        told.append(f"the lamp is {_lamp_word(story.end.lamp_on)}")
+    return words.joined(told)
+
+
+def _pair(random: Random, story: Story) -> tuple[Event, Event] | None:
+    """Two events, the earlier first, that are told in different words."""
+    if len(story.events) < 2:
+        return None
+    one, other = sorted(random.choice(len(story.events), size=2, replace=False))
+    first, second = story.events[one], story.events[other]
+    told = [words.told(event) for event in story.events]
+    return (first, second) if told.count(told[one]) == told.count(told[other]) == 1 else None
+
+
+def _single(random: Random, things: Sequence[Thing]) -> Thing | None:
+    """One of the things that are the only ones of their kind: so that "the car" is clear."""
+    kinds = [thing.kind for thing in things]
+    alone = [thing for thing in things if kinds.count(thing.kind) == 1]
+    return _any(random, alone) if alone else None
+
+
+def _referred(random: Random, things: Sequence[Thing]) -> tuple[Thing, str] | None:
+    """Any thing, with a noun that is clear: its kind alone where that is enough, and not always then."""
+    if not things:
+        return None
+    thing = _any(random, things)
+    alone = [other.kind for other in things].count(thing.kind) == 1
+    return thing, thing.kind if alone and random.random() < 0.6 else words.name(thing)
+
+
+def _sought(random: Random, things: Sequence[Thing], chance: float = 0.5) -> tuple[str, str] | None:
+    """Something to look for, there by `chance`: a kind or a kind of a colour; a no is often nearly a yes."""
+    with_colour = random.random() < 0.5
+    if random.random() < chance:
+        if not things:
+            return None
+        thing = _any(random, things)
+        return words.noun(thing.kind, thing.colour if with_colour else None), "yes"
+    kind = str(random.choice(KINDS))
+    if with_colour and things and random.random() < 0.6:
+        kind = _any(random, things).kind
+    colour = str(random.choice(COLOURS)) if with_colour and kind != "fire" else None
+    if any(_fits(thing, kind, colour) for thing in things):
+        return None
+    return words.noun(kind, colour), "no"
+
+
+def _fits(thing: Thing, kind: str, colour: str | None) -> bool:
+    return thing.kind == kind and colour in (None, thing.colour)
+
+
+def _counted(random: Random, kinds: Sequence[str]) -> tuple[str, str] | None:
+    """A kind of which there are as many as was drawn first, so that no number is a good guess."""
+    number = int(random.choice(4, p=(0.15, 0.2, 0.3, 0.35)))
+    fitting = [kind for kind in KINDS if kinds.count(kind) == number]
+    return (_any(random, fitting), words.NUMBERS[number]) if fitting else None
+
+
+def _of_colour(random: Random, kind: str, tense: str) -> str:
+    if kind == "person":
+        wears = "does the person wear" if tense == "is" else "did the person wear"
+        return _one(random, f"What colour {wears}?", f"What colour {tense} the person?")
+    return _one(
+        random, "What colour {1} the {0}?", "What is the colour of the {0}?", "Of what colour {1} the {0}?"
+    ).format(kind, tense)
+
+
+def _day_or_night(random: Random, view: View) -> tuple[str, str]:
+    if random.random() < 0.5:
+        return _one(random, "Is it day or night?", "What time of day is it?"), "night" if view.setting.night else "day"
+    night = random.random() < 0.5
+    return ("Is it night?" if night else "Is it day?"), _yes(view.setting.night == night)
+
+
+def _gate_word(is_open: bool) -> str:
+    return "open" if is_open else "closed"
+
+
+def _lamp_word(on: bool) -> str:
+    return "on" if on else "off"
+
+
+def _yes(true: bool) -> str:
+    return "yes" if true else "no"
+
+
+def _any(random: Random, items: Sequence[Item]) -> Item:
+    return items[int(random.integers(len(items)))]
+
+
+def _one(random: Random, *phrases: str) -> str:
+    return _any(random, phrases)
+
+
+def _as_typed(random: Random, question: str) -> str:
+    """People leave the question mark out, or do not begin with a capital."""
+    if random.random() < 0.15:
+        question = question.rstrip("?.")
+    return question[0].lower() + question[1:] if random.random() < 0.15 else question
