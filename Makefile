@@ -35,7 +35,7 @@ clean:
 	rm -rf $(VENV) build *.egg-info
 
 $(VENV)/service.stamp: EXTRAS := cpu,demo
-$(VENV)/dev.stamp: EXTRAS := cpu,demo,dev
+$(VENV)/dev.stamp: EXTRAS := cpu,demo,train,dev
 $(VENV)/service.stamp $(VENV)/dev.stamp: $(BIN)/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check \
 		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt -e '.[$(EXTRAS)]'
