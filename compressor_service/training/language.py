@@ -1,0 +1,149 @@
+"""The language model's schooling: it learns to read frame tokens from the facts of scenes, before it sees pictures.
+
+The paper starts from a language model that can talk. This is the place of that: questions and answers about scenes
+whose frame tokens are made of their facts (SceneTokens), so that thousands of scenes a second can be learned from.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import CLIPConfig, CLIPVisionConfig
+
+from compressor_service.llava_mini.checkpoint import read_json
+from compressor_service.llava_mini.config import LlavaMiniConfig
+from compressor_service.training.answering import answer
+from compressor_service.training.descent import Descent, Rates, half_precision
+from compressor_service.training.examples import Facts, Texts, Writer
+from compressor_service.training.lessons import Lesson, Lessons
+from compressor_service.training.network import Network, Shape, initialise, model_config
+from compressor_service.training.scene_tokens import SceneTokens
+from compressor_service.training.tokenizer import BEGIN, END, token_id, write_tokenizer
+
+_FILE = "language.safetensors"
+
+
+class LanguageSettings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    seed: NonNegativeInt = 0
+    steps: PositiveInt = 6000
+    rows: PositiveInt = Field(default=3072, description="Rows of text and frames in a step, about.")
+    clip_share: NonNegativeFloat = Field(default=0.7, le=1)
+    longest: PositiveInt = Field(default=320, description="Slots of the longest clips.")
+    noise: NonNegativeFloat = Field(default=0.1, description="On frame tokens, as a part of their deviation.")
+    rates: Rates = Rates()
+    shape: Shape = Shape()
+    device: str = "cpu"
+
+
+class LanguageBatch(NamedTuple):
+    lesson: Lesson
+    facts: Facts
+    texts: Texts
+
+
+class LanguageStage:
+    """Trains the language model on frame tokens that are made of facts; `folder` holds the tower's clip."""
+
+    name = "language"
+    prefetch = False  # what is asked depends on what was answered
+
+    def __init__(self, settings: LanguageSettings, folder: Path) -> None:
+        self.settings = settings
+        self.steps = settings.steps
+        self._device = torch.device(settings.device)
+        self._tokenizer = write_tokenizer(folder)
+        self._writer = Writer(self._tokenizer)
+        random = torch.Generator().manual_seed(settings.seed)
+        self.raw, config = build_config(settings.shape, folder)
+        with torch.random.fork_rng():
+            torch.manual_seed(settings.seed)
+            self.network = Network(config)
+            self.scenes = SceneTokens(initialise(self.network, self._tokenizer, random))
+        self.network.to(self._device)
+        self.scenes.to(self._device)
+        self._lessons = Lessons(clip_share=settings.clip_share, rows=settings.rows, longest=settings.longest)
+        trained = [*self.network.language.named_parameters(), *self.scenes.named_parameters()]
+        self._descent = Descent(trained, settings.rates, steps=settings.steps)
+        self._noise = torch.Generator(self._device).manual_seed(settings.seed)
+        self._before = torch.tensor(self._writer.before, device=self._device)
+
+    def batch(self, number: int) -> LanguageBatch:
+        lesson = self._lessons.draw(np.random.default_rng((self.settings.seed, number)))
+        return LanguageBatch(lesson, Facts.of(lesson.views), self._writer.write(lesson.asked))
+
+    def step(self, number: int, batch: LanguageBatch) -> dict[str, float]:
+        facts, texts = batch.facts.to(self._device), batch.texts.to(self._device)
+        with half_precision(self._device):
+            frames = self.scenes(facts).float()
+            spread = frames.detach().std()
+            noise = torch.randn(frames.shape, generator=self._noise, device=self._device)
+            frames = frames + self.settings.noise * spread * noise
+            before = self.network.embed(self._before).expand(len(frames), -1, -1)
+            answered = answer(self.network, torch.cat((before, frames), dim=1), self.network.embed(texts.ids), texts)
+        self._descent.step(number, answered.loss)
+        self._lessons.learn(batch.lesson, answered.right.tolist())
+        return {"loss": float(answered.loss.detach()), **self._lessons.told()}
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "network": self.network.state_dict(),
+            "scenes": self.scenes.state_dict(),
+            "descent": self._descent.state(),
+            "lessons": self._lessons.state(),
+            "noise": self._noise.get_state(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.network.load_state_dict(state["network"])
+        self.scenes.load_state_dict(state["scenes"])
+        self._descent.restore(state["descent"])
+        self._lessons.restore(state["lessons"])
+        self._noise.set_state(state["noise"])
+
+    def finish(self, folder: Path) -> None:
+        save_schooled(folder / _FILE, self.network, self.scenes)
+
+
+def build_config(shape: Shape, folder: Path) -> tuple[dict[str, Any], LlavaMiniConfig]:
+    """Describe a model of a shape around the tower in `folder`/clip: as config.json, and parsed."""
+    tokenizer = write_tokenizer(folder)
+    vision = cast(CLIPVisionConfig, CLIPConfig(**read_json(folder / "clip", "config.json")).vision_config)
+    raw = model_config(
+        shape,
+        len(tokenizer),
+        vision.hidden_size,
+        stop_id=token_id(tokenizer, END),
+        begin_id=token_id(tokenizer, BEGIN),
+    )
+    return raw, LlavaMiniConfig.parse(raw, vision)
+
+
+def save_schooled(path: Path, network: Network, scenes: SceneTokens) -> None:
+    save_file(
+        {
+            **{f"network.{name}": tensor.cpu().contiguous() for name, tensor in _own(network).items()},
+            **{f"scenes.{name}": tensor.cpu().contiguous() for name, tensor in scenes.state_dict().items()},
+        },
+        path,
+    )
+
+
+def load_schooled(path: Path, network: Network, scenes: SceneTokens) -> None:
+    tensors = load_file(path)
+    parts: dict[str, dict[str, Tensor]] = {"network": {}, "scenes": {}}
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition(".")
+        parts[part][rest] = tensor
+    network.load_state_dict(parts["network"], strict=False)  # tied names are stored once
+    scenes.load_state_dict(parts["scenes"])
+
+
+def _own(network: Network) -> dict[str, Tensor]:
+    """Every tensor once: the embedding is shared with the language model."""
+    return {name: one for name, one in network.state_dict().items() if not name.startswith("language.embed_tokens")}

@@ -1,0 +1,293 @@
+"""The model that is trained here, in float32, of the very modules that the service runs."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from pydantic import BaseModel, ConfigDict, PositiveInt
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+from compressor_service.llava_mini.compressor import Compressor
+from compressor_service.llava_mini.config import COMPRESSOR_HEADS, LlavaMiniConfig
+from compressor_service.llava_mini.language import LanguageModel
+from compressor_service.llava_mini.prefusion import PreFusion
+from compressor_service.training.examples import FLAGS
+from compressor_service.training.packed import pass_alone, pass_packed
+from compressor_service.training.scene import COLOURS, KINDS, PLACES, SIZES
+from compressor_service.training.scene_tokens import Codes
+from compressor_service.training.tokenizer import ASSISTANT, token_id
+from compressor_service.training.words import PLURALS
+
+_WORD_STD = 0.03
+_LOOKUP_LAYERS = 3
+_LOOKUP_GAIN = 0.08
+_FETCH_GAIN = 0.05
+_GATE_GAIN = 0.08  # brings the signs to about 2, where silu bends
+_CODE_STD = 0.35
+_ANSWER_GAIN = 0.4
+_IN_FRAME = 12.0  # how much louder a kind or a colour is in a frame token than in a word
+
+
+class Shape(BaseModel):
+    """Sizes of the language model and of the layers before it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    width: PositiveInt = 256
+    inner: PositiveInt = 512
+    heads: PositiveInt = 8
+    layers: PositiveInt = 6
+    prefusion_layers: PositiveInt = 3
+    context_rows: PositiveInt = 1024
+
+
+def model_config(shape: Shape, vocabulary: int, vision_width: int, *, stop_id: int, begin_id: int) -> dict[str, Any]:
+    """Return config.json in the published layout."""
+    return {
+        "model_type": "llava_mini_llama",
+        "architectures": ["LlavaMiniLlamaForCausalLM"],
+        "tokenline_world": "tokenline-yard",
+        "vocab_size": vocabulary,
+        "hidden_size": shape.width,
+        "intermediate_size": shape.inner,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.heads,
+        "max_position_embeddings": shape.context_rows,
+        "tokenizer_model_max_length": shape.context_rows,
+        "rope_theta": 10000.0,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "bos_token_id": begin_id,
+        "eos_token_id": stop_id,
+        "mm_vision_tower": "clip",
+        "mm_hidden_size": vision_width,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": -2,
+        "mm_vision_select_feature": "patch",
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "image_aspect_ratio": "pad",
+        "compressor_size": 1,
+        "resolution_ratio": 1,
+        "prefusion_layer_num": shape.prefusion_layers,
+    }
+
+
+class Network(nn.Module):
+    """Compressor, projector, pre-fusion and language model; the tower's features come from outside."""
+
+    def __init__(self, config: LlavaMiniConfig) -> None:
+        super().__init__()
+        llama = config.llama
+        self.rotary = LlamaRotaryEmbedding(llama)
+        self.embed = nn.Embedding(config.vocabulary, config.width)
+        self.language = LanguageModel(llama, embed_tokens=self.embed, rotary=self.rotary)
+        self.compressor = Compressor(size=config.compressor_size, width=config.vision_width, heads=COMPRESSOR_HEADS)
+        self.projector = nn.Sequential(
+            nn.Linear(config.vision_width, config.width), nn.GELU(), nn.Linear(config.width, config.width)
+        )
+        self.prefusion = PreFusion(llama, layers=config.prefusion_layers, rotary=self.rotary)
+
+    def see(self, features: Tensor) -> Tensor:
+        """Return what pre-fusion reads of frames' features (F, N, V): patches and compressed token, (F, N + 1, D)."""
+        compressed, _ = self.compressor(features)
+        return self.projector(torch.cat((features, compressed), dim=1))
+
+    def fuse(self, seen: Tensor, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Pass seen rows (F, N + 1, D), text before (F, b, D) and n texts behind (F, n, L, D) through pre-fusion.
+
+        Returns frame tokens (F, D) and both texts as the frames fuse them.
+        """
+        shared = torch.cat((seen, before), dim=1)
+        shared, after = pass_packed(self.prefusion.layers, self.rotary, shared, after)
+        first = seen.shape[1]
+        return shared[:, first - 1], shared[:, first:], after
+
+    def tokens(self, features: Tensor) -> Tensor:
+        """Return the frame tokens (F, D) of frames' features (F, N, V)."""
+        return pass_alone(self.prefusion.layers, self.rotary, self.see(features))[:, -1]
+
+    def read(self, shared: Tensor, own: Tensor) -> Tensor:
+        """Pass prompts (B, P, D) and n questions with their answers (B, n, L, D) through the language model.
+
+        Returns the normed states of the questions' rows (B, n, L, D).
+        """
+        _, own = pass_packed(self.language.layers, self.rotary, shared, own)
+        return self.language.norm(own)
+
+    def parts(self) -> dict[str, nn.Module]:
+        """The modules by the prefix of their published names."""
+        return {
+            "model.embed_tokens.": self.embed,
+            "model.layers.": self.language.layers,
+            "model.norm.": self.language.norm,
+            "lm_head.": self.language.lm_head,
+            "model.compressor.": self.compressor,
+            "model.mm_projector.": self.projector,
+            "model.prefusion_layers.": self.prefusion.layers,
+        }
+
+    def write(self, folder: Path, raw: dict[str, Any]) -> None:
+        """Write config and weights in float16, in the published layout."""
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {
+            prefix + name: tensor.detach().to("cpu", torch.float16).contiguous()
+            for prefix, module in self.parts().items()
+            for name, tensor in module.state_dict().items()
+        }
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        (folder / "model.safetensors").chmod(0o644)
+        (folder / "config.json").write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
+
+
+def initialise(network: Network, tokenizer: PreTrainedTokenizerFast, random: torch.Generator) -> Codes:
+    """Draw the weights, and return the vectors that frame tokens are to be made of so that these can read them.
+
+    Two things start out made, and are free to change. Half of the heads of the first layers look up: a word's query
+    meets the key of what it names in a frame token. And the first layer's MLP unbinds: what belongs to a kind stands in
+    a frame token multiplied by the kind's signs, and is multiplied by them again where the kind is named. From random
+    weights such look-ups are found late, in sudden steps, and by some seeds never. (In the spirit of Trockman and
+    Kolter, arXiv 2305.09828, and of vector symbolic architectures.)
+    """
+    with torch.no_grad():
+        network.embed.weight.normal_(std=_WORD_STD, generator=random)
+        network.language.lm_head.weight.normal_(std=0.01, generator=random)
+        for layer in (*network.language.layers, *network.prefusion.layers):
+            for name, parameter in layer.named_parameters():
+                if parameter.ndim == 2:
+                    out = "o_proj" in name or "down_proj" in name  # what a layer adds is small at first
+                    parameter.normal_(std=0.02 if out else 0.4 / math.sqrt(parameter.shape[1]), generator=random)
+        _alike(network.embed.weight, tokenizer)
+        _initialise_eyes(network, random)
+        words = {word: network.embed.weight[token_id(tokenizer, f"Ġ{word}")] for word in (*KINDS, *COLOURS)}
+        kinds = torch.stack([words[kind] for kind in KINDS])
+        colours = torch.stack([words[colour] for colour in COLOURS])
+        layers = [cast(LlamaDecoderLayer, layer) for layer in network.language.layers]
+        answering = network.embed.weight[token_id(tokenizer, ASSISTANT)]
+        return _make_look_ups(layers, kinds, colours, answering, random)
+
+
+def _make_look_ups(
+    layers: list[LlamaDecoderLayer], kinds: Tensor, colours: Tensor, answering: Tensor, random: torch.Generator
+) -> Codes:
+    """Let layers find in frame tokens what words (8, D) and (6, D) name, and return the codes that they find.
+
+    Half of the width of a frame token names what is there, the other half holds what is bound. The looking heads match
+    a word with its name and bring what is bound to the word's row; there, pairs of hidden units multiply it by the
+    signs of the row's kind, for silu(x) - silu(-x) = x.
+    """
+    width, half = kinds.shape[1], kinds.shape[1] // 2
+    basis, _ = torch.linalg.qr(torch.randn(width, width, generator=random))
+    held, named = basis[:, :half], basis[:, half:]
+    turn, _ = torch.linalg.qr(torch.randn(width, width, generator=random))
+    to_name = math.sqrt(2) * turn[:half]  # of a word's vector: other directions, or words would match each other
+    for layer in layers[:_LOOKUP_LAYERS]:
+        attention = layer.self_attn
+        gains = _LOOKUP_GAIN * torch.randn(half, half, generator=random) * _slow(half, attention.head_dim)[:, None]
+        attention.q_proj.weight[:half] = gains @ to_name
+        attention.k_proj.weight[:half] = math.sqrt(2) * gains @ named.T
+    signs = torch.randint(0, 2, (len(kinds), half), generator=random).float() * 2 - 1
+    attention, mlp = layers[0].self_attn, layers[0].mlp
+    attention.v_proj.weight[:half] = held.T
+    attention.o_proj.weight[:, :half] = _FETCH_GAIN * held
+    reading = signs.T @ (kinds / kinds.square().sum(dim=1, keepdim=True))  # (half, D): the signs of a row's kind
+    pairs = min(half, mlp.gate_proj.weight.shape[0] // 2)
+    for start, sign in ((0, 1), (pairs, -1)):
+        units = slice(start, start + pairs)
+        mlp.gate_proj.weight[units] = sign * _GATE_GAIN * reading[:pairs]
+        mlp.up_proj.weight[units] = held.T[:pairs]
+        mlp.down_proj.weight[:, units] = sign * _FETCH_GAIN * named[:, :pairs]
+
+    _answer_from_kinds(layers[1], answering, kinds, named)
+
+    def name(vectors: Tensor) -> Tensor:
+        return _IN_FRAME * vectors @ to_name.T @ named.T
+
+    def bind(count: int) -> Tensor:
+        return (signs[:, None] * _CODE_STD * torch.randn(count, half, generator=random)) @ held.T
+
+    def draw(*shape: int) -> Tensor:
+        return _CODE_STD * torch.randn(*shape, half, generator=random) @ named.T
+
+    return Codes(
+        kinds=name(kinds),
+        colours=name(colours),
+        flags=draw(FLAGS),
+        colour_of_kind=bind(len(COLOURS)),
+        place_of_kind=bind(len(PLACES)),
+        size_of_kind=bind(len(SIZES)),
+        place_of_colour=draw(len(COLOURS), len(PLACES)),
+    )
+
+
+def _answer_from_kinds(layer: LlamaDecoderLayer, answering: Tensor, kinds: Tensor, named: Tensor) -> None:
+    """Let the row that opens the answer (D,) read at the rows of kinds (8, D) what was found there, in `named`."""
+    attention, half = layer.self_attn, named.shape[1]
+    width = attention.head_dim
+    marks = _slow(half, width) / math.sqrt(width)
+    attention.q_proj.weight[half:] = _ANSWER_GAIN * marks[:, None] * answering / answering.square().sum()
+    attention.k_proj.weight[half:] = (
+        _ANSWER_GAIN * marks[:, None] * (kinds / kinds.square().sum(1, keepdim=True)).sum(0)
+    )
+    attention.v_proj.weight[half:] = named.T
+    attention.o_proj.weight[:, half:] = _FETCH_GAIN * named
+
+
+def _slow(rows: int, width: int) -> Tensor:
+    """Weigh rows of heads of a width: only those that rotary positions hardly turn, for distance must not matter."""
+    slow = torch.zeros(width)
+    slow[width // 4 : width // 2] = slow[3 * width // 4 :] = math.sqrt(2)
+    return slow.repeat(rows // width)
+
+
+def _alike(embedding: Tensor, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Let a word be the same behind a blank and without one, and a plural nearly its singular."""
+    for word in (*KINDS, *COLOURS):
+        base = embedding[token_id(tokenizer, f"Ġ{word}")].clone()
+        embedding[token_id(tokenizer, word)] = base
+        if word in PLURALS:
+            for spelling in (PLURALS[word], f"Ġ{PLURALS[word]}"):
+                row = token_id(tokenizer, spelling)
+                embedding[row] = base + 0.3 * embedding[row]
+
+
+def _initialise_eyes(network: Network, random: torch.Generator) -> None:
+    compressor = network.compressor
+    for parameter in compressor.parameters():
+        if parameter.ndim == 2:
+            parameter.normal_(std=1 / math.sqrt(parameter.shape[1]), generator=random)
+    compressor.pos_embed.zero_()
+    for linear in _linears(network.projector):
+        linear.weight.normal_(std=1 / math.sqrt(linear.in_features), generator=random)
+        linear.bias.zero_()
+
+
+def fit_to_features(network: Network, features: Tensor) -> None:
+    """Let compressor and projector begin as if features (n, V) had mean 0 and deviation 1: the tower's are far from it.
+
+    What the compressor makes is brought to the features' own mean and deviation, for the projector reads both.
+    """
+    compressor, projector = network.compressor, _linears(network.projector)[0]
+    mean, std = features.mean(dim=0), features.std(dim=0)
+    normed = nn.functional.layer_norm(features, features.shape[-1:])
+    with torch.no_grad():
+        projector.weight.div_(std)
+        projector.bias.copy_(-projector.weight @ mean)
+        compressor.ln_kv.weight.copy_(1 / normed.std(dim=0))
+        compressor.ln_kv.bias.copy_(-normed.mean(dim=0) / normed.std(dim=0))
+        compressor.attn.in_proj_bias.zero_()
+        compressor.attn.out_proj.weight.mul_(std[:, None])
+        compressor.attn.out_proj.bias.copy_(mean)
+
+
+def _linears(module: nn.Module) -> list[nn.Linear]:
+    return [one for one in module.modules() if isinstance(one, nn.Linear)]
