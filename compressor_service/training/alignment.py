@@ -17,20 +17,17 @@ from transformers import PreTrainedTokenizerFast
 
 from compressor_service.training.answering import Answered, answer
 from compressor_service.training.descent import Descent, Rates, frozen, half_precision
-from compressor_service.training.draw import degrade, draw, jpeg_round
 from compressor_service.training.examples import Facts, Texts, Writer
 from compressor_service.training.eyes import Eyes
-from compressor_service.training.film import film_keyframes
 from compressor_service.training.language import build_config, load_schooled, save_schooled
 from compressor_service.training.network import Network, Shape, fit_to_features
+from compressor_service.training.pictures import draw_pictures
 from compressor_service.training.questions import PICTURE_FAMILIES, Asked, ask_picture
-from compressor_service.training.scene import View, draw_clip
+from compressor_service.training.scene import View
 from compressor_service.training.scene_tokens import Codes, SceneTokens
 from compressor_service.training.tokenizer import write_tokenizer
-from compressor_service.training.tower import draw_seen
 
 _FILE = "aligned.safetensors"
-_FILM_SLOTS, _FILM_FPS = 6, 4
 
 
 class AlignmentSettings(BaseModel):
@@ -68,17 +65,7 @@ class PictureBatches:
 
     def __call__(self, number: int) -> PictureBatch:
         random = np.random.default_rng((self.seed, number))
-        clips = [draw_clip(random, slots=_FILM_SLOTS) for _ in range(self.films)]
-        views: list[View] = [view for clip in clips for view in clip.views()]
-        pictures = [
-            picture
-            for clip in clips
-            for picture in film_keyframes(clip, fps=_FILM_FPS, seed=int(random.integers(2**31)))
-        ]
-        for _ in range(self.pictures - len(views)):
-            views.append(draw_seen(random))
-            drawn = draw(views[-1], moment=int(random.integers(1000)))
-            pictures.append(jpeg_round(degrade(drawn, random)))
+        views, _, pictures = draw_pictures(random, count=self.pictures, films=self.films)
         asked = tuple(ask_many(random, view, self.questions) for view in views)
         texts = Writer(self.tokenizer).write(asked)
         return PictureBatch(np.stack(pictures), Facts.of([(view,) for view in views]), texts, asked)

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from compressor_service.training.alignment import AlignmentSettings, AlignmentStage
 from compressor_service.training.language import LanguageSettings, LanguageStage
 from compressor_service.training.progress import Progress
+from compressor_service.training.run_folder import CannotTrain
 from compressor_service.training.runner import StagePlan, run
 from compressor_service.training.tower import TowerSettings, TowerStage
 from compressor_service.training.tuning import TuningSettings, TuningStage
@@ -82,6 +83,8 @@ def train(
     """Train a model in `folder`; its checkpoint is then in `folder`/checkpoint. Raises CannotTrain and Stopped."""
     if threads is not None:
         torch.set_num_threads(threads)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise CannotTrain("torch sees no GPU here: give --device cpu or auto")
     chosen = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     recipe = Recipe.of(seed=seed, device=chosen, scale=scale)
     run(

@@ -27,9 +27,9 @@ from compressor_service.training.captions import (
     object_caption,
     state,
 )
-from compressor_service.training.draw import Drawn, Picture, Size, degrade, draw_owned, jpeg_round, patch_owners
-from compressor_service.training.film import film_keyframes
-from compressor_service.training.scene import COLOURS, KINDS, PLACES, SIZES, View, draw_clip, draw_slots, draw_view
+from compressor_service.training.draw import Drawn, Picture, degrade, draw_owned, jpeg_round, patch_owners
+from compressor_service.training.pictures import draw_pictures
+from compressor_service.training.scene import COLOURS, KINDS, PLACES, SIZES, View, draw_clip, draw_slots
 
 IMAGE_PX, PATCH_PX = 112, 16
 FLAGS = ("night", "rain", "gate", "lamp", "street")
@@ -44,8 +44,6 @@ _ASKED = {
 }
 _AT_PLACE = (*KINDS, *COLOURS, *SIZES)
 _FACTS = len(FLAGS) + len(PAIRS) + len(PLACES) * len(_AT_PLACE)
-_FILM_SLOTS, _FILM_FPS = 6, 4
-_FILM_SIZES: tuple[Size, ...] = ((320, 240), (426, 240), (320, 180))
 _HIGHEST_SCALE = math.log(100)
 
 
@@ -93,22 +91,11 @@ class TowerBatches:
 
     def __call__(self, number: int) -> TowerBatch:
         random = np.random.default_rng((self.seed, number))
-        filmed = [
-            (draw_clip(random, slots=_FILM_SLOTS), _FILM_SIZES[int(random.integers(len(_FILM_SIZES)))])
-            for _ in range(self.films)
-        ]
-        pictures: list[Picture] = []
-        for clip, size_px in filmed:
-            pictures += film_keyframes(clip, fps=_FILM_FPS, size_px=size_px, seed=int(random.integers(2**31)))
-        views = [view for clip, _ in filmed for view in clip.views()]
-        views += [draw_seen(random) for _ in range(self.pictures - len(views))]
-        drawn = [draw_owned(view, moment=int(random.integers(1000))) for view in views]
-        pictures += [jpeg_round(degrade(one.picture, random)) for one in drawn[len(pictures) :]]
+        views, drawn, pictures = draw_pictures(random, count=self.pictures, films=self.films)
         captions = [
             draw_caption(random, views[int(random.integers(len(views)))] if one % 3 else None)
             for one in range(self.captions)
         ]
-        assert len(pictures) == len(views) == self.pictures
         return TowerBatch(
             np.stack(pictures),
             np.stack([patch_answers(view, one) for view, one in zip(views, drawn, strict=True)]),
@@ -116,17 +103,6 @@ class TowerBatches:
             token_ids([caption.text for caption in captions]),
             np.array([[holds(caption, view) for caption in captions] for view in views]),
         )
-
-
-def draw_seen(random: np.random.Generator) -> View:
-    """Draw a View: at rest, or of a clip at some time, often while something moves."""
-    if random.random() < 0.5:
-        return draw_view(random)
-    clip = draw_clip(random, slots=draw_slots(random, 4, 16))
-    if clip.events and random.random() < 0.6:
-        event = clip.events[int(random.integers(len(clip.events)))]
-        return clip.view(float(random.uniform(event.start_s, event.end_s)))
-    return clip.view(float(random.uniform(0, clip.seconds)))
 
 
 def patch_answers(view: View, drawn: Drawn) -> NDArray[np.int64]:
@@ -296,7 +272,7 @@ class TowerStage:
         return min(1.0, (number + 1) / self.settings.warm_up, max(falling, 0.0))
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        # On a CPU bfloat16 is slower than float32.
+        # On a CPU the backward pass of its attention is slower in bfloat16 than in float32.
         return torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda")
 
     def _losses(self, read: Read, texts: Tensor, batch: TowerBatch) -> dict[str, Tensor]:
