@@ -15,12 +15,12 @@ PICTURE_ORDER = (
     "setting", "weather", "light", "gate", "lamp", "presence", "colour", "count", "place", "size", "at_place", "what",
 )  # fmt: skip
 CLIP_ORDER = (
-    "light", "gate", "lamp", "now", "at_start", "ever", "colour", "what_now", "what_at_start", "did", "who",
-    "direction", "changed", "caption", "how_often", "first", "order",
+    "light", "gate", "lamp", "now", "at_start", "ever", "colour", "what_now", "what_at_start", "did", "who", "caption",
+    "direction", "how_often", "first", "order", "changed",
 )  # fmt: skip
 _OPEN_PICTURES, _OPEN_CLIPS = 6, 4
-_BAR = 0.5
-_CLIPS_FROM = 3  # families of pictures still closed when the first clips are shown
+_BAR = 0.6
+_CLIPS_FROM = 0.8  # of the questions about pictures are answered right when the first clips are shown
 _ROWS_OF_QUESTION = {False: 15, True: 30}  # about, by whether texts are long
 _IN_PICTURE = {False: 8, True: 4}
 _IN_CLIP = {False: 14, True: 8}
@@ -45,9 +45,10 @@ class Lessons:
         self._clip_share, self._rows, self._longest = clip_share, rows, longest
         self._pictures = Curriculum(PICTURE_ORDER, opened=_OPEN_PICTURES, bar=_BAR)
         self._clips = Curriculum(CLIP_ORDER, opened=_OPEN_CLIPS, bar=_BAR)
+        self._with_clips = False
 
     def draw(self, random: np.random.Generator) -> Lesson:
-        if random.random() < self._share_of_clips():
+        if self._with_clips and random.random() < self._clip_share:
             return self._draw_clips(random)
         return self._draw_pictures(random)
 
@@ -56,22 +57,18 @@ class Lessons:
         curriculum = self._clips if lesson.of_clips else self._pictures
         for asked, answers in zip(lesson.asked, right, strict=True):
             curriculum.learn((one.family, good) for one, good in zip(asked, answers, strict=True))
+        self._with_clips = self._with_clips or self._pictures.right > _CLIPS_FROM
 
     def told(self) -> dict[str, float]:
         return {"pictures_right": self._pictures.right, "clips_right": self._clips.right}
 
     def state(self) -> dict[str, Any]:
-        return {"pictures": self._pictures.state(), "clips": self._clips.state()}
+        return {"pictures": self._pictures.state(), "clips": self._clips.state(), "with_clips": self._with_clips}
 
     def restore(self, state: dict[str, Any]) -> None:
         self._pictures.restore(state["pictures"])
         self._clips.restore(state["clips"])
-
-    def _share_of_clips(self) -> float:
-        closed = len(PICTURE_ORDER) - len(self._pictures.families)
-        if closed > _CLIPS_FROM:
-            return 0.0
-        return self._clip_share if closed == 0 else self._clip_share / 2
+        self._with_clips = state["with_clips"]
 
     def _draw_pictures(self, random: np.random.Generator) -> Lesson:
         families, shares, long = _group(random, self._pictures)

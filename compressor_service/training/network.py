@@ -18,18 +18,19 @@ from compressor_service.llava_mini.language import LanguageModel
 from compressor_service.llava_mini.prefusion import PreFusion
 from compressor_service.training.examples import FLAGS
 from compressor_service.training.packed import pass_alone, pass_packed
-from compressor_service.training.scene import COLOURS, KINDS, PLACES, SIZES
-from compressor_service.training.scene_tokens import Codes
+from compressor_service.training.scene import COLOURS, KINDS
+from compressor_service.training.scene_tokens import ATTRIBUTES, NAMED, PAIRS, Codes
 from compressor_service.training.tokenizer import ASSISTANT, token_id
 from compressor_service.training.words import PLURALS
 
 _WORD_STD = 0.03
 _LOOKUP_LAYERS = 3
 _LOOKUP_GAIN = 0.08
-_FETCH_GAIN = 0.05
+_FETCH_GAIN = 0.1
 _GATE_GAIN = 0.08  # brings the signs to about 2, where silu bends
-_CODE_STD = 0.35
+_CODE_STD = 0.5
 _ANSWER_GAIN = 0.4
+_SAY_GAIN = 0.02
 _IN_FRAME = 12.0  # how much louder a kind or a colour is in a frame token than in a word
 
 
@@ -165,27 +166,33 @@ def initialise(network: Network, tokenizer: PreTrainedTokenizerFast, random: tor
             for name, parameter in layer.named_parameters():
                 if parameter.ndim == 2:
                     out = "o_proj" in name or "down_proj" in name  # what a layer adds is small at first
-                    parameter.normal_(std=0.02 if out else 0.4 / math.sqrt(parameter.shape[1]), generator=random)
+                    parameter.normal_(std=0.004 if out else 0.4 / math.sqrt(parameter.shape[1]), generator=random)
         _alike(network.embed.weight, tokenizer)
         _initialise_eyes(network, random)
-        words = {word: network.embed.weight[token_id(tokenizer, f"Ġ{word}")] for word in (*KINDS, *COLOURS)}
-        kinds = torch.stack([words[kind] for kind in KINDS])
-        colours = torch.stack([words[colour] for colour in COLOURS])
+        words = [token_id(tokenizer, f"Ġ{word}") for name in NAMED for word in ATTRIBUTES[name]]
         layers = [cast(LlamaDecoderLayer, layer) for layer in network.language.layers]
         answering = network.embed.weight[token_id(tokenizer, ASSISTANT)]
-        return _make_look_ups(layers, kinds, colours, answering, random)
+        codes, found = _make_look_ups(layers, network.embed.weight[words], answering, random)
+        for name, values in ATTRIBUTES.items():
+            for value, vector in zip(values, found[name], strict=True):
+                for word in value.split():
+                    for spelling in (word, f"Ġ{word}"):
+                        network.language.lm_head.weight[token_id(tokenizer, spelling)] += _SAY_GAIN * vector
+        return codes
 
 
 def _make_look_ups(
-    layers: list[LlamaDecoderLayer], kinds: Tensor, colours: Tensor, answering: Tensor, random: torch.Generator
-) -> Codes:
-    """Let layers find in frame tokens what words (8, D) and (6, D) name, and return the codes that they find.
+    layers: list[LlamaDecoderLayer], words: Tensor, answering: Tensor, random: torch.Generator
+) -> tuple[Codes, dict[str, Tensor]]:
+    """Let layers find in frame tokens what kinds and colours, words (n, D), belong to.
 
-    Half of the width of a frame token names what is there, the other half holds what is bound. The looking heads match
-    a word with its name and bring what is bound to the word's row; there, pairs of hidden units multiply it by the
-    signs of the row's kind, for silu(x) - silu(-x) = x.
+    Returns the codes that they find, and for the values of each attribute the vectors (m, D) that a row holds then.
+
+    Half of the width of a frame token names what is there, the other half holds what belongs together, as products of
+    signs. The looking heads match a word with its name and bring what is held to the word's row; there, pairs of hidden
+    units multiply it by the word's own signs, for silu(x) - silu(-x) = x, and the signs of the other value are left.
     """
-    width, half = kinds.shape[1], kinds.shape[1] // 2
+    width, half = words.shape[1], words.shape[1] // 2
     basis, _ = torch.linalg.qr(torch.randn(width, width, generator=random))
     held, named = basis[:, :half], basis[:, half:]
     turn, _ = torch.linalg.qr(torch.randn(width, width, generator=random))
@@ -195,11 +202,15 @@ def _make_look_ups(
         gains = _LOOKUP_GAIN * torch.randn(half, half, generator=random) * _slow(half, attention.head_dim)[:, None]
         attention.q_proj.weight[:half] = gains @ to_name
         attention.k_proj.weight[:half] = math.sqrt(2) * gains @ named.T
-    signs = torch.randint(0, 2, (len(kinds), half), generator=random).float() * 2 - 1
+    signs = {
+        name: torch.randint(0, 2, (len(values), half), generator=random).float() * 2 - 1
+        for name, values in ATTRIBUTES.items()
+    }
     attention, mlp = layers[0].self_attn, layers[0].mlp
     attention.v_proj.weight[:half] = held.T
     attention.o_proj.weight[:, :half] = _FETCH_GAIN * held
-    reading = signs.T @ (kinds / kinds.square().sum(dim=1, keepdim=True))  # (half, D): the signs of a row's kind
+    own = torch.cat([signs[name] for name in NAMED])
+    reading = own.T @ (words / words.square().sum(dim=1, keepdim=True))  # (half, D): the signs of a row's word
     pairs = min(half, mlp.gate_proj.weight.shape[0] // 2)
     for start, sign in ((0, 1), (pairs, -1)):
         units = slice(start, start + pairs)
@@ -207,36 +218,25 @@ def _make_look_ups(
         mlp.up_proj.weight[units] = held.T[:pairs]
         mlp.down_proj.weight[:, units] = sign * _FETCH_GAIN * named[:, :pairs]
 
-    _answer_from_kinds(layers[1], answering, kinds, named)
+    _answer_from(layers[1], answering, words, named)
 
-    def name(vectors: Tensor) -> Tensor:
-        return _IN_FRAME * vectors @ to_name.T @ named.T
-
-    def bind(count: int) -> Tensor:
-        return (signs[:, None] * _CODE_STD * torch.randn(count, half, generator=random)) @ held.T
-
-    def draw(*shape: int) -> Tensor:
-        return _CODE_STD * torch.randn(*shape, half, generator=random) @ named.T
-
-    return Codes(
-        kinds=name(kinds),
-        colours=name(colours),
-        flags=draw(FLAGS),
-        colour_of_kind=bind(len(COLOURS)),
-        place_of_kind=bind(len(PLACES)),
-        size_of_kind=bind(len(SIZES)),
-        place_of_colour=draw(len(COLOURS), len(PLACES)),
+    names = (_IN_FRAME * words @ to_name.T @ named.T).split([len(ATTRIBUTES[name]) for name in NAMED])
+    codes = Codes(
+        dict(zip(NAMED, names, strict=True)),
+        {(one, other): _CODE_STD * (signs[one][:, None] * signs[other]) @ held.T for one, other in PAIRS},
+        _CODE_STD * torch.randn(FLAGS, half, generator=random) @ named.T,
     )
+    return codes, {name: one @ named.T for name, one in signs.items()}
 
 
-def _answer_from_kinds(layer: LlamaDecoderLayer, answering: Tensor, kinds: Tensor, named: Tensor) -> None:
-    """Let the row that opens the answer (D,) read at the rows of kinds (8, D) what was found there, in `named`."""
+def _answer_from(layer: LlamaDecoderLayer, answering: Tensor, words: Tensor, named: Tensor) -> None:
+    """Let the row that opens the answer (D,) read at the rows of words (n, D) what was found there, in `named`."""
     attention, half = layer.self_attn, named.shape[1]
     width = attention.head_dim
     marks = _slow(half, width) / math.sqrt(width)
     attention.q_proj.weight[half:] = _ANSWER_GAIN * marks[:, None] * answering / answering.square().sum()
     attention.k_proj.weight[half:] = (
-        _ANSWER_GAIN * marks[:, None] * (kinds / kinds.square().sum(1, keepdim=True)).sum(0)
+        _ANSWER_GAIN * marks[:, None] * (words / words.square().sum(1, keepdim=True)).sum(0)
     )
     attention.v_proj.weight[half:] = named.T
     attention.o_proj.weight[:, half:] = _FETCH_GAIN * named
