@@ -57,6 +57,7 @@ class Encoder:
             device=str(self._model.device),
             searches_text=self._text is not None,
             untrained=self._model.config.untrained,
+            world=self._model.config.world,
         )
 
     def decode(self, keyframe: bytes) -> Tensor:

@@ -15,7 +15,10 @@ class SearchUnavailable(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What the service says about its model; `untrained` means that its answers carry no meaning."""
+    """What the service says about its model.
+
+    `untrained` means that its answers carry no meaning, `world` that it knows nothing but a drawn world of this name.
+    """
 
     name: str
     format: TokenFormat
@@ -23,3 +26,4 @@ class ModelFacts:
     device: str
     searches_text: bool
     untrained: bool
+    world: str | None

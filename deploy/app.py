@@ -14,6 +14,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
 
+from compressor_service.facts import ModelFacts
 from compressor_service.service import CompressorService
 from deploy.desk import StoreDesk
 from deploy.remote import Handle, RemoteCompressor, RemoteMoments, RemoteQuestions, plain_errors
@@ -49,8 +50,20 @@ if TYPE_CHECKING:
 
 APPLICATION = "tokenline"
 DTYPE: Final = "bfloat16"  # of the published weights
+PUBLISHED: Final = "ICTNLP/llava-mini-llama-3.1-8b"
 HEALTH_PERIOD_S = 5
-UNTRAINED_NOTE = "The weights are untrained: the answers of this model carry no meaning."
+
+
+def model_note(facts: ModelFacts) -> str | None:
+    """Say what must be known before the model is believed; nothing for a model of the real world."""
+    if facts.untrained:
+        return "The weights are untrained: the answers of this model carry no meaning."
+    if facts.world is not None:
+        return (
+            f"This small model knows only {facts.world}, a drawn world of streets and yards: what it says about real "
+            f"pictures has no meaning. TOKENLINE_MODEL__CHECKPOINT={PUBLISHED} switches to the published model."
+        )
+    return None
 
 
 class NotConfigured(ValueError):
@@ -174,7 +187,7 @@ class QA:
             max_frames=self._answerer.max_frames(text_tokens=0, output_tokens=0),
             fingerprint=facts.format.fingerprint,
             untrained=facts.untrained,
-            note=UNTRAINED_NOTE if facts.untrained else None,
+            note=model_note(facts),
         )
 
     async def describe(self) -> ModelBody:

@@ -1,5 +1,6 @@
 """What the application is made of, before any of it runs."""
 
+import re
 import socket
 
 import pytest
@@ -7,10 +8,12 @@ from pydantic import ValidationError
 from ray.serve._private.common import DeploymentID, ReplicaID
 from ray.serve.config import AutoscalingContext
 
-from deploy.app import NotConfigured, build
+from compressor_service.facts import ModelFacts
+from deploy.app import NotConfigured, build, model_note
 from deploy.autoscaling import SourcesPolicy
 from deploy.local import CannotServe, check_host, free_port, needed_cpus
 from deploy.settings import Settings
+from store.format import TokenFormat
 
 
 def context(owned, unowned, *, most=8):
@@ -92,3 +95,23 @@ def test_one_value_of_a_part_leaves_the_others_as_they_are(monkeypatch):
     given = Settings(serve={"api": {"max_replicas": 3}}).serve
     assert given.api == usual.api.model_copy(update={"max_replicas": 3})
     assert given.compressor == changed.compressor
+
+
+@pytest.mark.parametrize(
+    ("untrained", "world", "told"),
+    [
+        (True, None, "untrained"),
+        (False, "some-yard", "knows only some-yard.*TOKENLINE_MODEL__CHECKPOINT=ICTNLP/llava-mini-llama-3.1-8b"),
+    ],
+)
+def test_a_model_says_what_must_be_known_before_it_is_believed(untrained, world, told):
+    assert re.search(told, model_note(facts(untrained, world)))
+
+
+def test_a_model_of_the_real_world_needs_no_word_of_warning():
+    assert model_note(facts(False, None)) is None
+
+
+def facts(untrained, world):
+    tokens = TokenFormat(fingerprint="0" * 16, dtype="float32", tokens_per_frame=1, width=8, vector_width=4)
+    return ModelFacts("small", tokens, 112, "cpu", searches_text=True, untrained=untrained, world=world)

@@ -25,7 +25,7 @@ from compressor_service.training.scene import draw_view
 from compressor_service.training.tokenizer import write_tokenizer
 from compressor_service.training.tower import TowerSettings, TowerStage
 
-SHAPE = Shape(width=64, inner=96, heads=4, layers=2, prefusion_layers=2, context_rows=512)
+SHAPE = Shape(width=64, inner=96, heads=8, layers=2, prefusion_layers=2, context_rows=512)
 TOWER = TowerSettings(
     steps=1,
     pictures=8,

@@ -22,7 +22,8 @@ class LlavaMiniConfig:
 
     `llama` and `vision` are the library's own descriptions of the language model and of the vision tower;
     `context_rows` is how many rows of text and frames the language model was published to read at once, and
-    `max_position_embeddings` bounds these and the answer together.
+    `max_position_embeddings` bounds these and the answer together. `world` names the drawn world that all of its
+    training came from; a model of photographs and films has none.
     """
 
     llama: LlamaConfig = field(repr=False)
@@ -36,6 +37,7 @@ class LlavaMiniConfig:
     image_aspect_ratio: str
     tokenizer_model_max_length: int
     untrained: bool
+    world: str | None
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any], vision: CLIPVisionConfig) -> "LlavaMiniConfig":
@@ -68,6 +70,7 @@ class LlavaMiniConfig:
             image_aspect_ratio=str(raw.get("image_aspect_ratio", "pad")),
             tokenizer_model_max_length=_positive(raw, "tokenizer_model_max_length", llama.max_position_embeddings),
             untrained=bool(raw.get("tokenline_untrained", False)),
+            world=str(raw["tokenline_world"]) if "tokenline_world" in raw else None,
         )
 
     @property

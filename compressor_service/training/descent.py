@@ -16,9 +16,9 @@ class Rates(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    matrices: PositiveFloat = 0.006
-    others: PositiveFloat = 1e-3
-    words: PositiveFloat = 3e-4
+    matrices: PositiveFloat = 0.003
+    others: PositiveFloat = 6e-4
+    words: PositiveFloat = 2e-4
     warm_up: PositiveInt = 50
     even_part: NonNegativeFloat = Field(default=0.1, lt=1)
 

@@ -33,9 +33,9 @@ class LanguageSettings(BaseModel):
     seed: NonNegativeInt = 0
     steps: PositiveInt = 6000
     rows: PositiveInt = Field(default=3072, description="Rows of text and frames in a step, about.")
-    clip_share: NonNegativeFloat = Field(default=0.7, le=1)
+    clip_share: NonNegativeFloat = Field(default=0.65, le=1)
     longest: PositiveInt = Field(default=320, description="Slots of the longest clips.")
-    noise: NonNegativeFloat = Field(default=0.1, description="On frame tokens, as a part of their deviation.")
+    noise: NonNegativeFloat = Field(default=0.04, description="On frame tokens, as a part of their deviation.")
     rates: Rates = Rates()
     shape: Shape = Shape()
     device: str = "cpu"

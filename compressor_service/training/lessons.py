@@ -20,7 +20,7 @@ CLIP_ORDER = (
 )  # fmt: skip
 _OPEN_PICTURES, _OPEN_CLIPS = 6, 4
 _BAR = 0.6
-_CLIPS_FROM = 0.8  # of the questions about pictures are answered right when the first clips are shown
+_CLIPS_FROM = 0.87  # of the questions about pictures are answered right when the first clips are shown
 _ROWS_OF_QUESTION = {False: 15, True: 30}  # about, by whether texts are long
 _IN_PICTURE = {False: 8, True: 4}
 _IN_CLIP = {False: 14, True: 8}

@@ -16,22 +16,11 @@ from compressor_service.llava_mini.compressor import Compressor
 from compressor_service.llava_mini.config import COMPRESSOR_HEADS, LlavaMiniConfig
 from compressor_service.llava_mini.language import LanguageModel
 from compressor_service.llava_mini.prefusion import PreFusion
-from compressor_service.training.examples import FLAGS
+from compressor_service.training.look_ups import make_look_ups
 from compressor_service.training.packed import pass_alone, pass_packed
-from compressor_service.training.scene import COLOURS, KINDS
-from compressor_service.training.scene_tokens import ATTRIBUTES, NAMED, PAIRS, Codes
-from compressor_service.training.tokenizer import ASSISTANT, token_id
-from compressor_service.training.words import PLURALS
+from compressor_service.training.scene_tokens import Codes
 
 _WORD_STD = 0.03
-_LOOKUP_LAYERS = 3
-_LOOKUP_GAIN = 0.08
-_FETCH_GAIN = 0.1
-_GATE_GAIN = 0.08  # brings the signs to about 2, where silu bends
-_CODE_STD = 0.5
-_ANSWER_GAIN = 0.4
-_SAY_GAIN = 0.02
-_IN_FRAME = 12.0  # how much louder a kind or a colour is in a frame token than in a word
 
 
 class Shape(BaseModel):
@@ -151,14 +140,7 @@ class Network(nn.Module):
 
 
 def initialise(network: Network, tokenizer: PreTrainedTokenizerFast, random: torch.Generator) -> Codes:
-    """Draw the weights, and return the vectors that frame tokens are to be made of so that these can read them.
-
-    Two things start out made, and are free to change. Half of the heads of the first layers look up: a word's query
-    meets the key of what it names in a frame token. And the first layer's MLP unbinds: what belongs to a kind stands in
-    a frame token multiplied by the kind's signs, and is multiplied by them again where the kind is named. From random
-    weights such look-ups are found late, in sudden steps, and by some seeds never. (In the spirit of Trockman and
-    Kolter, arXiv 2305.09828, and of vector symbolic architectures.)
-    """
+    """Draw the weights; return the vectors that frame tokens are to be made of so that its look-ups read them."""
     with torch.no_grad():
         network.embed.weight.normal_(std=_WORD_STD, generator=random)
         network.language.lm_head.weight.normal_(std=0.01, generator=random)
@@ -167,97 +149,9 @@ def initialise(network: Network, tokenizer: PreTrainedTokenizerFast, random: tor
                 if parameter.ndim == 2:
                     out = "o_proj" in name or "down_proj" in name  # what a layer adds is small at first
                     parameter.normal_(std=0.004 if out else 0.4 / math.sqrt(parameter.shape[1]), generator=random)
-        _alike(network.embed.weight, tokenizer)
         _initialise_eyes(network, random)
-        words = [token_id(tokenizer, f"Ġ{word}") for name in NAMED for word in ATTRIBUTES[name]]
         layers = [cast(LlamaDecoderLayer, layer) for layer in network.language.layers]
-        answering = network.embed.weight[token_id(tokenizer, ASSISTANT)]
-        codes, found = _make_look_ups(layers, network.embed.weight[words], answering, random)
-        for name, values in ATTRIBUTES.items():
-            for value, vector in zip(values, found[name], strict=True):
-                for word in value.split():
-                    for spelling in (word, f"Ġ{word}"):
-                        network.language.lm_head.weight[token_id(tokenizer, spelling)] += _SAY_GAIN * vector
-        return codes
-
-
-def _make_look_ups(
-    layers: list[LlamaDecoderLayer], words: Tensor, answering: Tensor, random: torch.Generator
-) -> tuple[Codes, dict[str, Tensor]]:
-    """Let layers find in frame tokens what kinds and colours, words (n, D), belong to.
-
-    Returns the codes that they find, and for the values of each attribute the vectors (m, D) that a row holds then.
-
-    Half of the width of a frame token names what is there, the other half holds what belongs together, as products of
-    signs. The looking heads match a word with its name and bring what is held to the word's row; there, pairs of hidden
-    units multiply it by the word's own signs, for silu(x) - silu(-x) = x, and the signs of the other value are left.
-    """
-    width, half = words.shape[1], words.shape[1] // 2
-    basis, _ = torch.linalg.qr(torch.randn(width, width, generator=random))
-    held, named = basis[:, :half], basis[:, half:]
-    turn, _ = torch.linalg.qr(torch.randn(width, width, generator=random))
-    to_name = math.sqrt(2) * turn[:half]  # of a word's vector: other directions, or words would match each other
-    for layer in layers[:_LOOKUP_LAYERS]:
-        attention = layer.self_attn
-        gains = _LOOKUP_GAIN * torch.randn(half, half, generator=random) * _slow(half, attention.head_dim)[:, None]
-        attention.q_proj.weight[:half] = gains @ to_name
-        attention.k_proj.weight[:half] = math.sqrt(2) * gains @ named.T
-    signs = {
-        name: torch.randint(0, 2, (len(values), half), generator=random).float() * 2 - 1
-        for name, values in ATTRIBUTES.items()
-    }
-    attention, mlp = layers[0].self_attn, layers[0].mlp
-    attention.v_proj.weight[:half] = held.T
-    attention.o_proj.weight[:, :half] = _FETCH_GAIN * held
-    own = torch.cat([signs[name] for name in NAMED])
-    reading = own.T @ (words / words.square().sum(dim=1, keepdim=True))  # (half, D): the signs of a row's word
-    pairs = min(half, mlp.gate_proj.weight.shape[0] // 2)
-    for start, sign in ((0, 1), (pairs, -1)):
-        units = slice(start, start + pairs)
-        mlp.gate_proj.weight[units] = sign * _GATE_GAIN * reading[:pairs]
-        mlp.up_proj.weight[units] = held.T[:pairs]
-        mlp.down_proj.weight[:, units] = sign * _FETCH_GAIN * named[:, :pairs]
-
-    _answer_from(layers[1], answering, words, named)
-
-    names = (_IN_FRAME * words @ to_name.T @ named.T).split([len(ATTRIBUTES[name]) for name in NAMED])
-    codes = Codes(
-        dict(zip(NAMED, names, strict=True)),
-        {(one, other): _CODE_STD * (signs[one][:, None] * signs[other]) @ held.T for one, other in PAIRS},
-        _CODE_STD * torch.randn(FLAGS, half, generator=random) @ named.T,
-    )
-    return codes, {name: one @ named.T for name, one in signs.items()}
-
-
-def _answer_from(layer: LlamaDecoderLayer, answering: Tensor, words: Tensor, named: Tensor) -> None:
-    """Let the row that opens the answer (D,) read at the rows of words (n, D) what was found there, in `named`."""
-    attention, half = layer.self_attn, named.shape[1]
-    width = attention.head_dim
-    marks = _slow(half, width) / math.sqrt(width)
-    attention.q_proj.weight[half:] = _ANSWER_GAIN * marks[:, None] * answering / answering.square().sum()
-    attention.k_proj.weight[half:] = (
-        _ANSWER_GAIN * marks[:, None] * (words / words.square().sum(1, keepdim=True)).sum(0)
-    )
-    attention.v_proj.weight[half:] = named.T
-    attention.o_proj.weight[:, half:] = _FETCH_GAIN * named
-
-
-def _slow(rows: int, width: int) -> Tensor:
-    """Weigh rows of heads of a width: only those that rotary positions hardly turn, for distance must not matter."""
-    slow = torch.zeros(width)
-    slow[width // 4 : width // 2] = slow[3 * width // 4 :] = math.sqrt(2)
-    return slow.repeat(rows // width)
-
-
-def _alike(embedding: Tensor, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Let a word be the same behind a blank and without one, and a plural nearly its singular."""
-    for word in (*KINDS, *COLOURS):
-        base = embedding[token_id(tokenizer, f"Ġ{word}")].clone()
-        embedding[token_id(tokenizer, word)] = base
-        if word in PLURALS:
-            for spelling in (PLURALS[word], f"Ġ{PLURALS[word]}"):
-                row = token_id(tokenizer, spelling)
-                embedding[row] = base + 0.3 * embedding[row]
+        return make_look_ups(network.embed.weight, layers, network.language.lm_head, tokenizer, random)
 
 
 def _initialise_eyes(network: Network, random: torch.Generator) -> None:

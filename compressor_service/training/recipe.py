@@ -1,5 +1,6 @@
 """The recipe: which stages, in which order, with which settings."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, Self
@@ -80,7 +81,10 @@ def train(
     on_progress: Callable[[Progress], None],
     on_note: Callable[[str], None],
 ) -> None:
-    """Train a model in `folder`; its checkpoint is then in `folder`/checkpoint. Raises CannotTrain and Stopped."""
+    """Train a model in `folder`; its checkpoint is then in `folder`/checkpoint, and the recipe and curves beside it.
+
+    Raises CannotTrain and Stopped.
+    """
     if threads is not None:
         torch.set_num_threads(threads)
     if device == "cuda" and not torch.cuda.is_available():
@@ -96,3 +100,7 @@ def train(
         on_progress=on_progress,
         on_note=on_note,
     )
+    checkpoint = folder / "checkpoint"
+    shutil.copy2(folder / "recipe.json", checkpoint)
+    if (folder / "curves").exists():
+        shutil.copytree(folder / "curves", checkpoint / "curves", dirs_exist_ok=True)

@@ -24,6 +24,7 @@ class Codes(NamedTuple):
     values: dict[str, Tensor]
     pairs: dict[tuple[str, str], Tensor]
     flags: Tensor  # (5, D)
+    frame: Tensor  # (D,), of every picture
 
     @classmethod
     def blank(cls, width: int) -> "Codes":
@@ -32,6 +33,7 @@ class Codes(NamedTuple):
             {name: torch.zeros(sizes[name], width) for name in NAMED},
             {(one, other): torch.zeros(sizes[one], sizes[other], width) for one, other in PAIRS},
             torch.zeros(FLAGS, width),
+            torch.zeros(width),
         )
 
 
@@ -52,6 +54,7 @@ class SceneTokens(nn.Module):
             }
         )
         self.flags = nn.Parameter(codes.flags.clone())
+        self.frame = nn.Parameter(codes.frame.clone())
 
     def forward(self, facts: Facts) -> Tensor:
         """Return (B, T, D)."""
@@ -67,7 +70,7 @@ class SceneTokens(nn.Module):
             pair = numbers[one] * (len(ATTRIBUTES[other]) + 1) + numbers[other]
             parts.append(self.pairs[f"{one}_{other}"][pair])
         there = (facts.kinds > 0)[..., None]
-        return (sum(parts) * there).sum(dim=-2) + (facts.flags - 0.5) @ self.flags
+        return (sum(parts) * there).sum(dim=-2) + (facts.flags - 0.5) @ self.flags + self.frame
 
 
 def _with_none(vectors: Tensor, dim: int = 0) -> Tensor:

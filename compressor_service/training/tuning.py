@@ -159,10 +159,10 @@ class TuningStage:
             plain.repeat_interleave(count, dim=0),
         )
         tokens = tokens.index_copy(1, chosen, fresh.float().view(clips, count, -1))
-        shared = torch.cat((_mean(before, count), tokens), dim=1)
-        return answer(self.network, shared, only_questions(_mean(fused, count), plain, texts), texts)
+        shared = torch.cat((mean_text(before, count), tokens), dim=1)
+        return answer(self.network, shared, only_questions(mean_text(fused, count), plain, texts), texts)
 
 
-def _mean(fused: Tensor, count: int) -> Tensor:
+def mean_text(fused: Tensor, count: int) -> Tensor:
     """Average the text that `count` frames of each clip fused, (B * count, ...), as the service does."""
     return fused.float().view(-1, count, *fused.shape[1:]).mean(dim=1)
