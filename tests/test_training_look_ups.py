@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from compressor_service.training.descent import Descent, Rates
 from compressor_service.training.examples import Facts, Writer
 from compressor_service.training.language import build_config
 from compressor_service.training.network import Network, Shape, initialise
@@ -102,3 +103,18 @@ def test_look_ups_need_heads_enough(tmp_path):
     _, config = build_config(Shape(heads=4), tmp_path)
     with pytest.raises(ValueError, match="8 heads"):
         initialise(Network(config), write_tokenizer(tmp_path), torch.Generator())
+
+
+def test_what_starts_out_made_learns_more_slowly_than_the_rest():
+    network = torch.nn.ModuleDict(
+        {"layers": torch.nn.ModuleList(torch.nn.Linear(16, 16, bias=False) for _ in range(2))}
+    )
+    before = [layer.weight.detach().clone() for layer in network["layers"]]
+    rates = Rates(matrices=0.01, made=0.001, warm_up=1)
+    descent = Descent(network.named_parameters(), rates, steps=10, made=("layers.0.",))
+    with torch.enable_grad():
+        descent.step(0, sum(layer(torch.ones(1, 16)).square().sum() for layer in network["layers"]))
+    made, other = (float((layer.weight - old).norm()) for layer, old in zip(network["layers"], before, strict=True))
+    assert other == pytest.approx(10 * made, rel=0.05)
+    restored = Descent(network.named_parameters(), rates, steps=10, made=("layers.0.",))
+    restored.restore(descent.state())

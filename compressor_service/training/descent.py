@@ -19,6 +19,7 @@ class Rates(BaseModel):
     matrices: PositiveFloat = 0.003
     others: PositiveFloat = 6e-4
     words: PositiveFloat = 2e-4
+    made: PositiveFloat = Field(default=3e-4, description="Of the matrices in layers that start out made.")
     warm_up: PositiveInt = 50
     even_part: NonNegativeFloat = Field(default=0.1, lt=1)
 
@@ -30,11 +31,18 @@ class Rates(BaseModel):
 
 
 class Descent:
-    """Steps a module's parameters; those that need no gradient stay as they are."""
+    """Steps a module's parameters; those that need no gradient stay as they are.
 
-    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], rates: Rates, *, steps: int) -> None:
+    Muon's steps are as long in every direction: at the full rate they undo what starts out `made` (prefixes of names)
+    before anything has learned to use it.
+    """
+
+    def __init__(
+        self, named: Iterable[tuple[str, nn.Parameter]], rates: Rates, *, steps: int, made: tuple[str, ...] = ()
+    ) -> None:
         self._rates, self._steps = rates, steps
         matrices: list[nn.Parameter] = []
+        makes: list[nn.Parameter] = []
         others: list[nn.Parameter] = []
         words: list[nn.Parameter] = []
         sorted_in: set[int] = set()  # by id: the embedding belongs to two modules
@@ -45,20 +53,19 @@ class Descent:
             if "embed" in name:
                 words.append(parameter)  # slowly, or they drift together and cannot be told apart
             elif "layers." in name and parameter.ndim == 2:
-                matrices.append(parameter)
+                (makes if name.startswith(made) else matrices).append(parameter)
             else:
                 others.append(parameter)
         self._clipped = [*others, *words]
-        self._muon = torch.optim.Muon(matrices, rates.matrices, weight_decay=0.0)
+        groups = [{"params": matrices, "full": rates.matrices}, {"params": makes, "full": rates.made}]
+        self._muon = torch.optim.Muon([group for group in groups if group["params"]], rates.matrices, weight_decay=0.0)
         groups = [{"params": others, "full": rates.others}, {"params": words, "full": rates.words}]
         self._adam = torch.optim.AdamW(groups, rates.others, betas=(0.9, 0.98), weight_decay=0.0)
 
     def step(self, number: int, loss: Tensor) -> None:
         """Take one step against the gradient of a loss."""
         part = self._rates.at(number, self._steps)
-        for group in self._muon.param_groups:
-            group["lr"] = self._rates.matrices * part
-        for group in self._adam.param_groups:
+        for group in (*self._muon.param_groups, *self._adam.param_groups):
             group["lr"] = group["full"] * part
         self._muon.zero_grad()
         self._adam.zero_grad()

@@ -20,6 +20,7 @@ from compressor_service.training.answering import answer
 from compressor_service.training.descent import Descent, Rates, half_precision
 from compressor_service.training.examples import Facts, Texts, Writer
 from compressor_service.training.lessons import Lesson, Lessons
+from compressor_service.training.look_ups import MADE
 from compressor_service.training.network import Network, Shape, initialise, model_config
 from compressor_service.training.scene_tokens import SceneTokens
 from compressor_service.training.tokenizer import BEGIN, END, token_id, write_tokenizer
@@ -69,7 +70,7 @@ class LanguageStage:
         self.scenes.to(self._device)
         self._lessons = Lessons(clip_share=settings.clip_share, rows=settings.rows, longest=settings.longest)
         trained = [*self.network.language.named_parameters(), *self.scenes.named_parameters()]
-        self._descent = Descent(trained, settings.rates, steps=settings.steps)
+        self._descent = Descent(trained, settings.rates, steps=settings.steps, made=MADE)
         self._noise = torch.Generator(self._device).manual_seed(settings.seed)
         self._before = torch.tensor(self._writer.before, device=self._device)
 

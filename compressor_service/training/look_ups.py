@@ -32,6 +32,7 @@ from compressor_service.training.scene_tokens import ATTRIBUTES, NAMED, PAIRS, C
 from compressor_service.training.tokenizer import ASSISTANT, BEGIN, token_id
 from compressor_service.training.words import PLURALS
 
+MADE = ("layers.0.", "layers.1.")  # of the language model's parameters
 _FEWEST_HEADS = 8  # half of them look, two are clocks, two see what is new
 _LOOKING_LAYERS = 3
 _LOOKING_GAIN = 0.08
