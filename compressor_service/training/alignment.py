@@ -34,9 +34,9 @@ class AlignmentSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     seed: NonNegativeInt = 0
-    steps: PositiveInt = 2000
+    steps: PositiveInt = 1500
     pictures: PositiveInt = 64
-    questions: PositiveInt = Field(default=6, description="To each picture.")
+    questions: PositiveInt = Field(default=1, description="To each picture.")
     films: NonNegativeInt = Field(default=1, description="Clips in a batch whose pictures come out of a real film.")
     token_share: NonNegativeFloat = Field(default=1.0, description="Weight of the frame tokens against the answers.")
     rates: Rates = Rates(matrices=0.01, others=1.5e-3)

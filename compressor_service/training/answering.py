@@ -11,10 +11,11 @@ from compressor_service.training.network import Network
 
 
 class Answered(NamedTuple):
-    """The loss over a batch, and (B, n) whether each answer is right to the last token, said token by token."""
+    """How a batch was answered."""
 
-    loss: Tensor
-    right: Tensor
+    loss: Tensor  # the mean
+    right: Tensor  # (B, n), whether an answer is right to the last token, said token by token
+    watched: Tensor  # (B, P, D), the prompts' rows after half of the layers
 
 
 def answer(network: Network, shared: Tensor, own: Tensor, texts: Texts) -> Answered:
@@ -25,10 +26,11 @@ def answer(network: Network, shared: Tensor, own: Tensor, texts: Texts) -> Answe
     """
     targets = texts.targets.to(own.device)
     learned = targets != IGNORED
-    logits = network.language.lm_head(network.read(shared, own)[learned]).float()
+    read = network.read(shared, own)
+    logits = network.language.lm_head(read.states[learned]).float()
     wanted = targets[learned]
     weights = learned.sum(dim=-1, keepdim=True).clamp(min=1).float().rsqrt().expand_as(learned)[learned]
     losses = functional.cross_entropy(logits, wanted, reduction="none")
     right = torch.ones_like(learned)
     right[learned] = logits.detach().argmax(dim=-1) == wanted
-    return Answered((losses * weights).sum() / weights.sum(), right.all(dim=-1))
+    return Answered((losses * weights).sum() / weights.sum(), right.all(dim=-1), read.watched)

@@ -22,6 +22,7 @@ from compressor_service.training.examples import Facts, Texts, Writer
 from compressor_service.training.lessons import Lesson, Lessons
 from compressor_service.training.look_ups import MADE
 from compressor_service.training.network import Network, Shape, initialise, model_config
+from compressor_service.training.retelling import Retelling, happenings
 from compressor_service.training.scene_tokens import SceneTokens
 from compressor_service.training.tokenizer import BEGIN, END, token_id, write_tokenizer
 
@@ -36,6 +37,7 @@ class LanguageSettings(BaseModel):
     rows: PositiveInt = Field(default=3072, description="Rows of text and frames in a step, about.")
     clip_share: NonNegativeFloat = Field(default=0.65, le=1)
     longest: PositiveInt = Field(default=320, description="Slots of the longest clips.")
+    retelling: NonNegativeFloat = Field(default=0.3, description="Weight of what happens, told frame by frame.")
     noise: NonNegativeFloat = Field(default=0.04, description="On frame tokens, as a part of their deviation.")
     rates: Rates = Rates()
     shape: Shape = Shape()
@@ -66,10 +68,13 @@ class LanguageStage:
             torch.manual_seed(settings.seed)
             self.network = Network(config)
             self.scenes = SceneTokens(initialise(self.network, self._tokenizer, random))
+            self.retelling = Retelling(config.width)
         self.network.to(self._device)
         self.scenes.to(self._device)
+        self.retelling.to(self._device)
         self._lessons = Lessons(clip_share=settings.clip_share, rows=settings.rows, longest=settings.longest)
-        trained = [*self.network.language.named_parameters(), *self.scenes.named_parameters()]
+        modules = self.network.language, self.scenes, self.retelling
+        trained = [named for module in modules for named in module.named_parameters()]
         self._descent = Descent(trained, settings.rates, steps=settings.steps, made=MADE)
         self._noise = torch.Generator(self._device).manual_seed(settings.seed)
         self._before = torch.tensor(self._writer.before, device=self._device)
@@ -79,22 +84,31 @@ class LanguageStage:
         return LanguageBatch(lesson, Facts.of(lesson.views), self._writer.write(lesson.asked))
 
     def step(self, number: int, batch: LanguageBatch) -> dict[str, float]:
-        facts, texts = batch.facts.to(self._device), batch.texts.to(self._device)
+        texts = batch.texts.to(self._device)
         with half_precision(self._device):
-            frames = self.scenes(facts).float()
-            spread = frames.detach().std()
-            noise = torch.randn(frames.shape, generator=self._noise, device=self._device)
-            frames = frames + self.settings.noise * spread * noise
-            before = self.network.embed(self._before).expand(len(frames), -1, -1)
-            answered = answer(self.network, torch.cat((before, frames), dim=1), self.network.embed(texts.ids), texts)
-        self._descent.step(number, answered.loss)
+            answered = answer(self.network, self._shared(batch.facts), self.network.embed(texts.ids), texts)
+            loss, told = answered.loss, {"loss": float(answered.loss.detach())}
+            if batch.lesson.clips:
+                happens = happenings(batch.lesson.clips).to(self._device)
+                retold = self.retelling(answered.watched[:, len(self._before) :], happens)
+                loss = loss + self.settings.retelling * retold
+                told["retelling"] = float(retold.detach())
+        self._descent.step(number, loss)
         self._lessons.learn(batch.lesson, answered.right.tolist())
-        return {"loss": float(answered.loss.detach()), **self._lessons.told()}
+        return {**told, **self._lessons.told()}
+
+    def _shared(self, facts: Facts) -> Tensor:
+        """Return what a prompt holds up to the last frame (B, P, D), with noise on frame tokens (B, T, D)."""
+        frames = self.scenes(facts.to(self._device)).float()
+        noise = torch.randn(frames.shape, generator=self._noise, device=self._device)
+        frames = frames + self.settings.noise * frames.detach().std() * noise
+        return torch.cat((self.network.embed(self._before).expand(len(frames), -1, -1), frames), dim=1)
 
     def state(self) -> dict[str, Any]:
         return {
             "network": self.network.state_dict(),
             "scenes": self.scenes.state_dict(),
+            "retelling": self.retelling.state_dict(),
             "descent": self._descent.state(),
             "lessons": self._lessons.state(),
             "noise": self._noise.get_state(),
@@ -103,6 +117,7 @@ class LanguageStage:
     def restore(self, state: dict[str, Any]) -> None:
         self.network.load_state_dict(state["network"])
         self.scenes.load_state_dict(state["scenes"])
+        self.retelling.load_state_dict(state["retelling"])
         self._descent.restore(state["descent"])
         self._lessons.restore(state["lessons"])
         self._noise.set_state(state["noise"])

@@ -9,7 +9,7 @@ import numpy as np
 
 from compressor_service.training.curriculum import Curriculum
 from compressor_service.training.questions import LONG_TEXTS, Asked, Story, ask_clip, ask_picture
-from compressor_service.training.scene import View, draw_clip, draw_slots, draw_view
+from compressor_service.training.scene import Clip, View, draw_clip, draw_slots, draw_view
 
 PICTURE_ORDER = (
     "setting", "weather", "light", "gate", "lamp", "presence", "colour", "count", "place", "size", "at_place", "what",
@@ -22,8 +22,8 @@ _OPEN_PICTURES, _OPEN_CLIPS = 6, 4
 _BAR = 0.6
 _CLIPS_FROM = 0.87  # of the questions about pictures are answered right when the first clips are shown
 _ROWS_OF_QUESTION = {False: 15, True: 30}  # about, by whether texts are long
-_IN_PICTURE = {False: 8, True: 4}
-_IN_CLIP = {False: 14, True: 8}
+_IN_PICTURE = {False: 4, True: 2}  # few questions: many scenes are better, and rows of text cost most
+_IN_CLIP = {False: 7, True: 4}
 _USUAL_LONGEST, _LONG_SHARE = 64, 0.15
 _ATTEMPTS = 20  # to find a question, before another clip is drawn
 
@@ -34,7 +34,7 @@ class Lesson:
 
     views: tuple[tuple[View, ...], ...]
     asked: tuple[tuple[Asked, ...], ...]
-    of_clips: bool
+    clips: tuple[Clip, ...] = ()  # of which these are the views: none for pictures
 
 
 class Lessons:
@@ -54,7 +54,7 @@ class Lessons:
 
     def learn(self, lesson: Lesson, right: list[list[bool]]) -> None:
         """Take note of which answers (B, n) were right."""
-        curriculum = self._clips if lesson.of_clips else self._pictures
+        curriculum = self._clips if lesson.clips else self._pictures
         for asked, answers in zip(lesson.asked, right, strict=True):
             curriculum.learn((one.family, good) for one, good in zip(asked, answers, strict=True))
         self._with_clips = self._with_clips or self._pictures.right > _CLIPS_FROM
@@ -78,20 +78,21 @@ class Lessons:
             view = draw_view(random)
             scenes.append((view,))
             asked.append(_ask(random, families, shares, count, partial(ask_picture, random, view)))
-        return Lesson(tuple(scenes), tuple(asked), of_clips=False)
+        return Lesson(tuple(scenes), tuple(asked))
 
     def _draw_clips(self, random: np.random.Generator) -> Lesson:
         families, shares, long = _group(random, self._clips)
         count, slots = _IN_CLIP[long], draw_slots(random, 4, self._longest_now(random))
-        scenes: list[tuple[View, ...]] = []
+        stories: list[Story] = []
         asked: list[tuple[Asked, ...]] = []
-        while len(scenes) < max(2, self._rows // (slots + count * _ROWS_OF_QUESTION[long])):
+        while len(stories) < max(2, self._rows // (slots + count * _ROWS_OF_QUESTION[long])):
             story = Story.of(draw_clip(random, slots=slots, phase_s=float(random.random())))
             questions = _ask(random, families, shares, count, partial(ask_clip, random, story))
             if len(questions) == count:
-                scenes.append(story.views)
+                stories.append(story)
                 asked.append(questions)
-        return Lesson(tuple(scenes), tuple(asked), of_clips=True)
+        views = tuple(story.views for story in stories)
+        return Lesson(views, tuple(asked), tuple(story.clip for story in stories))
 
     def _longest_now(self, random: np.random.Generator) -> int:
         """Clips grow with what is known, up to the longest."""

@@ -27,7 +27,6 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from compressor_service.training.examples import FLAGS
-from compressor_service.training.scene import COLOURS, KINDS
 from compressor_service.training.scene_tokens import ATTRIBUTES, NAMED, PAIRS, Codes
 from compressor_service.training.tokenizer import ASSISTANT, BEGIN, token_id
 from compressor_service.training.words import PLURALS
@@ -44,12 +43,12 @@ _SAYING_GAIN = 0.05
 _NAME_GAIN = 24.0  # how much louder a kind or a colour is in a frame token than in a word
 _CODE_STD = 0.8
 _FRAME_GAIN = 40.0  # loud, that all frames are about as long: the keys below are to be alike
-_FRAME_SHARE = 13.0  # of that in a normed frame token, about
+_FRAME_SHARE = 12.0  # of that in a normed frame token, about
 _TEXT_SHARE = 8.0
 _CLOCKS = (3.0, 7.0)  # for a minute, and for some
 _CLOCK_GAIN = 3.0
-_BEFORE_SHARPNESS = 9.0
-_BEFORE_GAIN = 3.0  # the deviation of a frame token, about: what it has in common with the one before is gone then
+_BEFORE_SHARPNESS = 14.0
+_BEFORE_GAIN = 3.3  # the deviation of a frame token, about: what it has in common with the one before is gone then
 
 
 class _Space(NamedTuple):
@@ -124,7 +123,7 @@ def _prepare_words(embedding: Tensor, tokenizer: PreTrainedTokenizerFast, space:
 
     A word is the same behind a blank and without one, and a plural nearly its singular.
     """
-    for word in (*KINDS, *COLOURS):
+    for word in _names():
         first, *others = _spellings(tokenizer, [word])
         for row in others:
             embedding[row] = embedding[first]
@@ -134,8 +133,8 @@ def _prepare_words(embedding: Tensor, tokenizer: PreTrainedTokenizerFast, space:
     embedding.sub_(embedding @ space.held @ space.held.T)
     for direction in (space.mark, space.text, space.frame, space.origin):
         embedding.sub_((embedding @ direction)[:, None] * direction)
-    words = embedding[[_spellings(tokenizer, [word])[0] for name in NAMED for word in ATTRIBUTES[name]]]
-    marked = [word for one in (*KINDS, *COLOURS) for word in (one, PLURALS.get(one, one))]
+    words = embedding[[_spellings(tokenizer, [word])[0] for word in _names()]]
+    marked = [word for one in _names() for word in (one, PLURALS.get(one, one))]
     embedding[sorted(set(_spellings(tokenizer, marked)))] += words.norm(dim=1).mean() * space.mark
     embedding += words.norm(dim=1).mean() * space.text
     embedding[token_id(tokenizer, BEGIN)] = words.norm(dim=1).mean() * space.origin
@@ -210,6 +209,10 @@ def _answer(layer: LlamaDecoderLayer, answering: Tensor, space: _Space) -> None:
     attention.k_proj.weight[half:] = slow[:, None] * space.mark
     attention.v_proj.weight[half:] = space.held.T
     attention.o_proj.weight[:, half:] = _FETCHING_GAIN * space.held
+
+
+def _names() -> list[str]:
+    return [word for name in NAMED for word in ATTRIBUTES[name]]
 
 
 def _slow(rows: int, width: int) -> Tensor:

@@ -3,7 +3,7 @@
 import json
 import math
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, PositiveInt
@@ -72,6 +72,13 @@ def model_config(shape: Shape, vocabulary: int, vision_width: int, *, stop_id: i
     }
 
 
+class Read(NamedTuple):
+    """What a language model made of prompts and questions."""
+
+    states: Tensor  # (B, n, L, D), normed: of the questions' rows
+    watched: Tensor  # (B, P, D): of the prompts' rows after half of the layers
+
+
 class Network(nn.Module):
     """Compressor, projector, pre-fusion and language model; the tower's features come from outside."""
 
@@ -106,13 +113,13 @@ class Network(nn.Module):
         """Return the frame tokens (F, D) of frames' features (F, N, V)."""
         return pass_alone(self.prefusion.layers, self.rotary, self.see(features))[:, -1]
 
-    def read(self, shared: Tensor, own: Tensor) -> Tensor:
-        """Pass prompts (B, P, D) and n questions with their answers (B, n, L, D) through the language model.
-
-        Returns the normed states of the questions' rows (B, n, L, D).
-        """
-        _, own = pass_packed(self.language.layers, self.rotary, shared, own)
-        return self.language.norm(own)
+    def read(self, shared: Tensor, own: Tensor) -> Read:
+        """Pass prompts (B, P, D) and n questions with their answers (B, n, L, D) through the language model."""
+        layers = self.language.layers
+        half = len(layers) // 2
+        watched, own = pass_packed(layers[:half], self.rotary, shared, own)
+        _, own = pass_packed(layers[half:], self.rotary, watched, own)
+        return Read(self.language.norm(own), watched)
 
     def parts(self) -> dict[str, nn.Module]:
         """The modules by the prefix of their published names."""

@@ -12,6 +12,7 @@ Lane = Literal["near", "far"]
 Side = Literal["left", "right"]
 Verb = Literal["comes", "goes", "crosses", "moves", "gate", "lamp"]
 
+SIDES: tuple[Side, ...] = ("left", "right")
 VERBS: tuple[Verb, ...] = ("comes", "goes", "crosses", "moves", "gate", "lamp")
 KINDS = ("person", "car", "truck", "bicycle", "dog", "cat", "parcel", "fire")
 MOVING = KINDS[:6]  # a parcel is put down and taken away, a fire starts and goes out

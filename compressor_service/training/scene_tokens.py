@@ -6,16 +6,17 @@ import torch
 from torch import Tensor, nn
 
 from compressor_service.training.examples import FLAGS, Facts
-from compressor_service.training.scene import COLOURS, COLUMNS, KINDS, PLACES, SIZES
+from compressor_service.training.scene import COLOURS, COLUMNS, KINDS, LANES, SIZES
 
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "kind": KINDS,
     "colour": COLOURS,
     "size": SIZES,
-    "place": tuple(f"{lane} {COLUMNS[column]}" for lane, column in PLACES),
+    "lane": LANES,
+    "column": COLUMNS,
 }
-NAMED = ("kind", "colour")  # attributes that stand in a frame token alone, too
-PAIRS = (("kind", "colour"), ("kind", "size"), ("kind", "place"), ("colour", "size"), ("colour", "place"))
+NAMED = ("kind", "colour", "lane", "column")  # attributes that stand in a frame token alone, too
+PAIRS = tuple((one, other) for one in ("kind", "colour") for other in ATTRIBUTES if other not in ("kind", one))
 
 
 class Codes(NamedTuple):
@@ -63,7 +64,8 @@ class SceneTokens(nn.Module):
             "kind": facts.kinds,
             "colour": facts.colours,
             "size": facts.sizes + 1,
-            "place": facts.lanes * len(COLUMNS) + columns + 1,
+            "lane": facts.lanes + 1,
+            "column": columns + 1,
         }
         parts = [self.values[name][numbers[name]] for name in NAMED]
         for one, other in PAIRS:
