@@ -152,7 +152,7 @@ def test_guessing_gets_half_of_yes_or_no_and_little_of_what_must_be_seen():
     right = [(one.family, same(blind.say(one), one.answer)) for one in asked]
     shares = {family: np.mean([good for name, good in right if name == family]) for family, _ in right}
     assert 0.4 < shares["did"] < 0.7
-    assert 0.4 < shares["order"] < 0.65
+    assert 0.2 < shares["order"] < 0.5
     assert 0.4 < shares["first"] < 0.7
     assert shares["who"] < 0.2
     assert shares["caption"] < 0.2

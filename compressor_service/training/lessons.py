@@ -2,8 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -16,7 +15,7 @@ PICTURE_ORDER = (
 )  # fmt: skip
 CLIP_ORDER = (
     "light", "gate", "lamp", "now", "at_start", "ever", "colour", "what_now", "what_at_start", "did", "who", "caption",
-    "direction", "how_often", "first", "order", "changed",
+    "direction", "how_often", "rank", "first", "order", "changed",
 )  # fmt: skip
 _OPEN_PICTURES, _OPEN_CLIPS = 6, 4
 _BAR = 0.6
@@ -25,7 +24,9 @@ _ROWS_OF_QUESTION = {False: 15, True: 30}  # about, by whether texts are long
 _IN_PICTURE = {False: 4, True: 2}  # few questions: many scenes are better, and rows of text cost most
 _IN_CLIP = {False: 7, True: 4}
 _USUAL_LONGEST, _LONG_SHARE = 64, 0.15
-_ATTEMPTS = 20  # to find a question, before another clip is drawn
+_ATTEMPTS = 12  # to find a scene or a question, before others are drawn
+
+Scene = TypeVar("Scene")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,28 +72,29 @@ class Lessons:
         self._with_clips = state["with_clips"]
 
     def _draw_pictures(self, random: np.random.Generator) -> Lesson:
-        families, shares, long = _group(random, self._pictures)
-        count = _IN_PICTURE[long]
+        group = _Group.draw(random, self._pictures)
+        count = _IN_PICTURE[group.long]
         scenes, asked = [], []
-        for _ in range(max(1, self._rows // (count * _ROWS_OF_QUESTION[long]))):
-            view = draw_view(random)
+        for _ in range(max(1, self._rows // (count * _ROWS_OF_QUESTION[group.long]))):
+            view, questions = _find(random, group, count, draw_view, ask_picture)
             scenes.append((view,))
-            asked.append(_ask(random, families, shares, count, partial(ask_picture, random, view)))
+            asked.append(questions)
         return Lesson(tuple(scenes), tuple(asked))
 
     def _draw_clips(self, random: np.random.Generator) -> Lesson:
-        families, shares, long = _group(random, self._clips)
-        count, slots = _IN_CLIP[long], draw_slots(random, 4, self._longest_now(random))
-        stories: list[Story] = []
-        asked: list[tuple[Asked, ...]] = []
-        while len(stories) < max(2, self._rows // (slots + count * _ROWS_OF_QUESTION[long])):
-            story = Story.of(draw_clip(random, slots=slots, phase_s=float(random.random())))
-            questions = _ask(random, families, shares, count, partial(ask_clip, random, story))
-            if len(questions) == count:
-                stories.append(story)
-                asked.append(questions)
-        views = tuple(story.views for story in stories)
-        return Lesson(views, tuple(asked), tuple(story.clip for story in stories))
+        group = _Group.draw(random, self._clips)
+        count, slots = _IN_CLIP[group.long], draw_slots(random, 4, self._longest_now(random))
+
+        def draw_story(random: np.random.Generator) -> Story:
+            return Story.of(draw_clip(random, slots=slots, phase_s=float(random.random())))
+
+        scenes, asked = [], []
+        for _ in range(max(2, self._rows // (slots + count * _ROWS_OF_QUESTION[group.long]))):
+            story, questions = _find(random, group, count, draw_story, ask_clip)
+            scenes.append(story)
+            asked.append(questions)
+        views = tuple(story.views for story in scenes)
+        return Lesson(views, tuple(asked), tuple(story.clip for story in scenes))
 
     def _longest_now(self, random: np.random.Generator) -> int:
         """Clips grow with what is known, up to the longest."""
@@ -101,24 +103,44 @@ class Lessons:
         return min(8 * 2 ** max(0, len(self._clips.families) - 7), _USUAL_LONGEST)
 
 
-def _group(random: np.random.Generator, curriculum: Curriculum) -> tuple[tuple[str, ...], Any, bool]:
-    """Choose families whose texts are all short or all long: short ones need not be padded to long ones then."""
-    shares = curriculum.shares()
-    are_long = np.array([family in LONG_TEXTS for family in curriculum.families])
-    long = bool(random.random() < shares[are_long].sum())
-    families = tuple(family for family, one in zip(curriculum.families, are_long, strict=True) if one == long)
-    chosen = shares[are_long == long]
-    return families, chosen / chosen.sum(), long
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Families whose texts are all short or all long, so that short ones need not be padded to long ones."""
+
+    families: tuple[str, ...]
+    shares: Any  # how often each is asked; they sum to 1
+    long: bool
+
+    @classmethod
+    def draw(cls, random: np.random.Generator, curriculum: Curriculum) -> "_Group":
+        shares = curriculum.shares()
+        are_long = np.array([family in LONG_TEXTS for family in curriculum.families])
+        long = bool(random.random() < shares[are_long].sum())
+        families = tuple(family for family, one in zip(curriculum.families, are_long, strict=True) if one == long)
+        chosen = shares[are_long == long]
+        return cls(families, chosen / chosen.sum(), long)
 
 
-def _ask(
-    random: np.random.Generator, families: tuple[str, ...], shares: Any, count: int, ask: Callable[[str], Asked | None]
-) -> tuple[Asked, ...]:
-    asked: list[Asked] = []
-    for family in random.choice(len(families), size=_ATTEMPTS * count, p=shares):
-        one = ask(families[family])
-        if one is not None:
-            asked.append(one)
-        if len(asked) == count:
-            break
-    return tuple(asked)
+def _find(
+    random: np.random.Generator,
+    group: _Group,
+    count: int,
+    draw: Callable[[np.random.Generator], Scene],
+    ask: Callable[[np.random.Generator, Scene, str], Asked | None],
+) -> tuple[Scene, tuple[Asked, ...]]:
+    """Draw a family first, then a scene that it can be asked about, and then what else to ask.
+
+    The other way round what few scenes can be asked about would hardly be learned: the order of events needs two.
+    """
+    while True:
+        leading, *others = random.choice(group.families, size=1 + _ATTEMPTS * count, p=group.shares).tolist()
+        scene = next((one for one in (draw(random) for _ in range(_ATTEMPTS)) if ask(random, one, leading)), None)
+        if scene is None:
+            continue
+        asked: list[Asked] = []
+        for family in (*[leading] * (count // 2), *others):
+            one = ask(random, scene, family)
+            if one is not None:
+                asked.append(one)
+            if len(asked) == count:
+                return scene, tuple(asked)

@@ -298,17 +298,28 @@ def _order(random: Random, story: Story) -> tuple[str, str] | None:
     pair = _pair(random, story)
     if pair is None:
         return None
-    first, second = pair
-    before = random.random() < 0.5
-    right = random.random() < 0.5
-    early, late = (first, second) if right else (second, first)
-    told = words.told(early), words.told(late)
-    question = (
-        _one(random, "Is it true that {0} before {1}?", "Was it so that {0} before {1}?").format(*told)
-        if before
-        else _one(random, "Is it true that {1} after {0}?", "Was it so that {1} after {0}?").format(*told)
-    )
-    return question, _yes(right)
+    early, late = words.told(pair[0]), words.told(pair[1])
+    answer = bool(random.integers(2))
+    if random.random() < 0.5:
+        question = _one(random, "When was it that {0}: before or after {1}?", "Was it before or after {1} that {0}?")
+        return question.format(*((early, late) if answer else (late, early))), "before" if answer else "after"
+    one, other, when = (early, late, "before") if random.random() < 0.5 else (late, early, "after")
+    question = _one(random, "Is it true that {0} {2} {1}?", "Was it so that {0} {2} {1}?")
+    return question.format(*((one, other) if answer else (other, one)), when), _yes(answer)
+
+
+def _rank(random: Random, story: Story) -> tuple[str, str] | None:
+    """How many events lie before one, or after it: whoever can tell that can bring events into order."""
+    number = int(random.integers(MAX_EVENTS))
+    told = [words.told(event) for event in story.events]
+    before = random.random() < 0.7
+    if number >= len(told):
+        return None
+    event = told[number if before else -1 - number]
+    if told.count(event) > 1:
+        return None
+    question = _one(random, "How many things happened {0} {1}?", "How many things had happened {0} {1}?")
+    return question.format("before" if before else "after", event), words.NUMBERS[number]
 
 
 def _first(random: Random, story: Story) -> tuple[str, str] | None:
@@ -447,6 +458,7 @@ CLIP_FAMILIES: dict[str, OnClip] = {
     "did": _did,
     "who": _who,
     "direction": _direction,
+    "rank": _rank,
     "order": _order,
     "first": _first,
     "now": _now,
@@ -461,7 +473,7 @@ CLIP_FAMILIES: dict[str, OnClip] = {
     "lamp": _lamp_now,
     "light": _clip_light,
 }
-LONG_TEXTS = ("what", "caption", "first", "order", "what_now", "what_at_start", "changed")
+LONG_TEXTS = ("what", "caption", "rank", "first", "order", "what_now", "what_at_start", "changed")
 
 _DID: dict[tuple[str, bool], tuple[str, ...]] = {
     ("gate", True): ("Did the gate open?", "Did somebody open the gate?", "Was the gate opened?"),

@@ -20,6 +20,7 @@ from compressor_service.training.examples import Texts, Writer
 from compressor_service.training.eyes import Eyes
 from compressor_service.training.gallery import Gallery
 from compressor_service.training.language import build_config
+from compressor_service.training.look_ups import MADE
 from compressor_service.training.network import Shape
 from compressor_service.training.questions import CLIP_FAMILIES, LONG_TEXTS, Asked, Story, ask_clip
 from compressor_service.training.tokenizer import write_tokenizer
@@ -42,7 +43,7 @@ class TuningSettings(BaseModel):
     clips: PositiveInt = 2040
     long_clips: NonNegativeInt = 40
     film_share: NonNegativeFloat = Field(default=0.15, description="Of the clips, to go through a real film.")
-    rates: Rates = Rates(matrices=0.004, others=5e-4, words=2e-4)
+    rates: Rates = Rates(matrices=0.0015, others=3e-4, words=1e-4, made=1.5e-4)
     shape: Shape = Shape()
     device: str = "cpu"
 
@@ -81,7 +82,8 @@ class TuningStage:
         self._stories: dict[int, Story] = {}
         self._pictures = PictureBatches(settings.seed, settings.pictures, settings.questions, 0, tokenizer)
         self._before = torch.tensor(self._writer.before, device=self._device)
-        self._descent = Descent(self.network.named_parameters(), settings.rates, steps=settings.steps)
+        made = tuple(f"language.{prefix}" for prefix in MADE)
+        self._descent = Descent(self.network.named_parameters(), settings.rates, steps=settings.steps, made=made)
 
     def batch(self, number: int) -> Any:
         random = np.random.default_rng((self.settings.seed, number, 2))
