@@ -3,8 +3,11 @@
 import numpy as np
 import torch
 
+from compressor_service.training.examples import IGNORED, Writer
+from compressor_service.training.questions import Asked
 from compressor_service.training.retelling import LABELS, Retelling, happenings
 from compressor_service.training.scene import MAX_EVENTS, Clip, Event, Setting, Thing, draw_clip
+from compressor_service.training.tokenizer import write_tokenizer
 
 SETTING = Setting(street=True, night=False, rain=False, look=1)
 CAR = Thing("car", "red", "big")
@@ -75,11 +78,40 @@ def test_rows_that_show_what_happens_learn_to_tell_it():
     told = happenings(clips)
     rows = told @ torch.randn(LABELS, 192, generator=torch.Generator().manual_seed(6))
     retelling = Retelling(192)
-    untaught = float(retelling(rows, told).detach())
+    untaught = float(retelling.watched(rows, told).detach())
     descent = torch.optim.Adam(retelling.parameters(), lr=0.02)
     for _ in range(150):
         descent.zero_grad()
-        loss = retelling(rows, told)
+        loss = retelling.watched(rows, told)
         loss.backward()
         descent.step()
     assert float(loss.detach()) < untaught / 5
+
+
+TOLD = ("a red car comes in", "the gate opens", "a red car goes away", "the gate opens")
+
+
+def test_rows_where_a_question_has_named_an_event_know_its_number(tmp_path):
+    tokenizer = write_tokenizer(tmp_path)
+    question = "Is it true that a red car goes away before a red car comes in?"
+    texts = Writer(tokenizer).write([[Asked("order", question, "no", TOLD)]])
+    [rows] = (texts.events[0, 0] != IGNORED).nonzero(as_tuple=True)
+    ends = [tokenizer.decode(texts.ids[0, 0, : row + 1]).strip() for row in rows.tolist()]
+    assert ends == [question.lower().partition(" before")[0], question.lower().rstrip("?")]
+    assert texts.events[0, 0, rows].tolist() == [2, 0]
+
+
+def test_events_that_are_told_in_the_same_words_have_no_number(tmp_path):
+    asked = Asked("first", "What happened first: the gate opens or a red car goes away?", "the gate opens", TOLD)
+    texts = Writer(write_tokenizer(tmp_path)).write([[asked, Asked("gate", "Is the gate open?", "yes")]])
+    assert texts.events[texts.events != IGNORED].tolist() == [2]
+
+
+def test_a_name_is_told_from_its_row_alone():
+    events = torch.tensor([[[IGNORED, 2, IGNORED], [IGNORED, IGNORED, 1]]])
+    rows = torch.randn(1, 2, 3, 192, generator=torch.Generator().manual_seed(8))
+    retelling = Retelling(192)
+    loss = retelling.followed(rows, events)
+    assert torch.equal(loss, retelling.followed(rows * (events != IGNORED)[..., None], events))
+    assert not torch.equal(loss, retelling.followed(rows.flip(0, 1), events))
+    assert float(retelling.followed(rows, torch.full_like(events, IGNORED)).detach()) == 0

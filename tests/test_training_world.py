@@ -170,10 +170,6 @@ def test_questions_about_a_clip_have_the_right_answers(visit):
     assert order["was it so that a black dog goes away after the gate opens"] == "yes"
     assert order["was it before or after the gate opens that a black dog goes away"] == "after"
     assert order["when was it that a red car comes in: before or after the gate opens"] == "before"
-    rank = story_answers("rank", visit)
-    assert rank["how many things happened before a red car comes in"] == "none"
-    assert rank["how many things happened before a black dog goes away"] == "two"
-    assert rank["how many things happened after the gate opens"] == "one"
 
 
 @pytest.mark.parametrize("family", sorted(PICTURE_FAMILIES))

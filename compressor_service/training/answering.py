@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from compressor_service.training.examples import IGNORED, Texts
-from compressor_service.training.network import Network
+from compressor_service.training.network import Network, Read
 
 
 class Answered(NamedTuple):
@@ -15,7 +15,7 @@ class Answered(NamedTuple):
 
     loss: Tensor  # the mean
     right: Tensor  # (B, n), whether an answer is right to the last token, said token by token
-    watched: Tensor  # (B, P, D), the prompts' rows after half of the layers
+    read: Read
 
 
 def answer(network: Network, shared: Tensor, own: Tensor, texts: Texts) -> Answered:
@@ -33,4 +33,4 @@ def answer(network: Network, shared: Tensor, own: Tensor, texts: Texts) -> Answe
     losses = functional.cross_entropy(logits, wanted, reduction="none")
     right = torch.ones_like(learned)
     right[learned] = logits.detach().argmax(dim=-1) == wanted
-    return Answered((losses * weights).sum() / weights.sum(), right.all(dim=-1), read.watched)
+    return Answered((losses * weights).sum() / weights.sum(), right.all(dim=-1), read)

@@ -1,6 +1,6 @@
 """Batches to learn from: scenes as numbers, and several questions to each as token ids."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -59,6 +59,7 @@ class Texts:
     ids: Tensor  # (B, n, L), padded at the end
     question_rows: Tensor  # (B, n), how many of L are the question with the mark that opens the answer
     targets: Tensor  # (B, n, L), the id that follows each row of the answer, else IGNORED
+    events: Tensor  # (B, n, L), the number of the event that a question has named when it comes to a row, else IGNORED
 
     def to(self, device: torch.device) -> "Texts":
         return Texts(*(getattr(self, field.name).to(device) for field in fields(self)))
@@ -77,11 +78,16 @@ class Writer:
         """Write n questions to each of B scenes."""
         flat = [one for row in asked for one in row]
         fast = self._tokenizer.backend_tokenizer
-        questions = [[*one.ids, self._open] for one in fast.encode_batch([f"\n{one.question}" for one in flat])]
+        encoded = fast.encode_batch([f"\n{one.question}" for one in flat])
+        questions = [[*one.ids, self._open] for one in encoded]
         answers = [[*one.ids, self._end] for one in fast.encode_batch([one.answer for one in flat])]
         longest = max(len(question) + len(answer) for question, answer in zip(questions, answers, strict=True)) - 1
         ids = np.zeros((len(flat), longest), np.int64)
         targets = np.full((len(flat), longest), IGNORED, np.int64)
+        events = np.full((len(flat), longest), IGNORED, np.int64)
+        for row, (one, encoding) in enumerate(zip(flat, encoded, strict=True)):
+            for number, end in _named(one):
+                events[row, encoding.char_to_token(end)] = number
         for row, (question, answer) in enumerate(zip(questions, answers, strict=True)):
             together = question + answer
             ids[row, : len(together) - 1] = together[:-1]
@@ -92,4 +98,16 @@ class Writer:
             torch.from_numpy(ids).view(*shape, -1),
             torch.from_numpy(rows).view(*shape),
             torch.from_numpy(targets).view(*shape, -1),
+            torch.from_numpy(events).view(*shape, -1),
         )
+
+
+def _named(asked: Asked) -> Iterator[tuple[int, int]]:
+    """Yield the numbers of the events that a question names in full, and where in its line each name ends.
+
+    What is told in the same words as another event names none.
+    """
+    for number, told in enumerate(asked.told):
+        start = asked.question.find(told)
+        if start >= 0 and asked.told.count(told) == 1:
+            yield number, start + len(told)  # behind the line break, so this is the last letter

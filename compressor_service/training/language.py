@@ -33,12 +33,15 @@ class LanguageSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     seed: NonNegativeInt = 0
-    steps: PositiveInt = 6000
+    steps: PositiveInt = 9000
     rows: PositiveInt = Field(default=3072, description="Rows of text and frames in a step, about.")
     clip_share: NonNegativeFloat = Field(default=0.65, le=1)
     longest: PositiveInt = Field(default=320, description="Slots of the longest clips.")
     retelling: NonNegativeFloat = Field(default=0.3, description="Weight of what happens, told frame by frame.")
-    noise: NonNegativeFloat = Field(default=0.04, description="On frame tokens, as a part of their deviation.")
+    noise: tuple[NonNegativeFloat, NonNegativeFloat] = Field(
+        default=(0.04, 0.2),
+        description="On frame tokens, as a part of their deviation, at the first step and the last.",
+    )
     rates: Rates = Rates()
     shape: Shape = Shape()
     device: str = "cpu"
@@ -86,22 +89,28 @@ class LanguageStage:
     def step(self, number: int, batch: LanguageBatch) -> dict[str, float]:
         texts = batch.texts.to(self._device)
         with half_precision(self._device):
-            answered = answer(self.network, self._shared(batch.facts), self.network.embed(texts.ids), texts)
+            answered = answer(self.network, self._shared(number, batch.facts), self.network.embed(texts.ids), texts)
             loss, told = answered.loss, {"loss": float(answered.loss.detach())}
             if batch.lesson.clips:
                 happens = happenings(batch.lesson.clips).to(self._device)
-                retold = self.retelling(answered.watched[:, len(self._before) :], happens)
-                loss = loss + self.settings.retelling * retold
-                told["retelling"] = float(retold.detach())
+                watched = self.retelling.watched(answered.read.watched[:, len(self._before) :], happens)
+                followed = self.retelling.followed(answered.read.followed, texts.events)
+                loss = loss + self.settings.retelling * (watched + followed)
+                told |= {"watched": float(watched.detach()), "followed": float(followed.detach())}
         self._descent.step(number, loss)
         self._lessons.learn(batch.lesson, answered.right.tolist())
         return {**told, **self._lessons.told()}
 
-    def _shared(self, facts: Facts) -> Tensor:
-        """Return what a prompt holds up to the last frame (B, P, D), with noise on frame tokens (B, T, D)."""
+    def _shared(self, number: int, facts: Facts) -> Tensor:
+        """Return what a prompt holds up to the last frame (B, P, D), with noise on frame tokens (B, T, D).
+
+        Noise hides look-ups at first, but what learned without any does not bear what pictures will miss.
+        """
+        first, last = self.settings.noise
+        loudness = first + (last - first) * number / self.steps
         frames = self.scenes(facts.to(self._device)).float()
         noise = torch.randn(frames.shape, generator=self._noise, device=self._device)
-        frames = frames + self.settings.noise * frames.detach().std() * noise
+        frames = frames + loudness * frames.detach().std() * noise
         return torch.cat((self.network.embed(self._before).expand(len(frames), -1, -1), frames), dim=1)
 
     def state(self) -> dict[str, Any]:

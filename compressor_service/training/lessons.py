@@ -15,7 +15,7 @@ PICTURE_ORDER = (
 )  # fmt: skip
 CLIP_ORDER = (
     "light", "gate", "lamp", "now", "at_start", "ever", "colour", "what_now", "what_at_start", "did", "who", "caption",
-    "direction", "how_often", "rank", "first", "order", "changed",
+    "direction", "how_often", "first", "order", "changed",
 )  # fmt: skip
 _OPEN_PICTURES, _OPEN_CLIPS = 6, 4
 _BAR = 0.6

@@ -77,6 +77,7 @@ class Read(NamedTuple):
 
     states: Tensor  # (B, n, L, D), normed: of the questions' rows
     watched: Tensor  # (B, P, D): of the prompts' rows after half of the layers
+    followed: Tensor  # (B, n, L, D): of the questions' rows one layer later, which is the first to read these
 
 
 class Network(nn.Module):
@@ -118,8 +119,9 @@ class Network(nn.Module):
         layers = self.language.layers
         half = len(layers) // 2
         watched, own = pass_packed(layers[:half], self.rotary, shared, own)
-        _, own = pass_packed(layers[half:], self.rotary, watched, own)
-        return Read(self.language.norm(own), watched)
+        shared, followed = pass_packed(layers[half : half + 1], self.rotary, watched, own)
+        _, own = pass_packed(layers[half + 1 :], self.rotary, shared, followed)
+        return Read(self.language.norm(own), watched, followed)
 
     def parts(self) -> dict[str, nn.Module]:
         """The modules by the prefix of their published names."""

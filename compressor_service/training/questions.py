@@ -36,6 +36,7 @@ class Asked:
     family: str
     question: str
     answer: str
+    told: tuple[str, ...] = ()  # the events of the clip, in their order, as the question may name them
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,11 @@ class Story:
     @property
     def events(self) -> tuple[Event, ...]:
         return self.clip.events
+
+    @property
+    def told(self) -> tuple[str, ...]:
+        """The events in words."""
+        return tuple(words.told(event) for event in self.events)
 
     @property
     def start(self) -> View:
@@ -80,7 +86,7 @@ def ask_picture(random: Random, view: View, family: str) -> Asked | None:
 def ask_clip(random: Random, story: Story, family: str) -> Asked | None:
     """Ask about a clip; None where this clip has no question of the family."""
     made = CLIP_FAMILIES[family](random, story)
-    return None if made is None else Asked(family, _as_typed(random, made[0]), made[1])
+    return None if made is None else Asked(family, _as_typed(random, made[0]), made[1], story.told)
 
 
 # Pictures
@@ -308,20 +314,6 @@ def _order(random: Random, story: Story) -> tuple[str, str] | None:
     return question.format(*((one, other) if answer else (other, one)), when), _yes(answer)
 
 
-def _rank(random: Random, story: Story) -> tuple[str, str] | None:
-    """How many events lie before one, or after it: whoever can tell that can bring events into order."""
-    number = int(random.integers(MAX_EVENTS))
-    told = [words.told(event) for event in story.events]
-    before = random.random() < 0.7
-    if number >= len(told):
-        return None
-    event = told[number if before else -1 - number]
-    if told.count(event) > 1:
-        return None
-    question = _one(random, "How many things happened {0} {1}?", "How many things had happened {0} {1}?")
-    return question.format("before" if before else "after", event), words.NUMBERS[number]
-
-
 def _first(random: Random, story: Story) -> tuple[str, str] | None:
     pair = _pair(random, story)
     if pair is None:
@@ -458,7 +450,6 @@ CLIP_FAMILIES: dict[str, OnClip] = {
     "did": _did,
     "who": _who,
     "direction": _direction,
-    "rank": _rank,
     "order": _order,
     "first": _first,
     "now": _now,
@@ -473,7 +464,7 @@ CLIP_FAMILIES: dict[str, OnClip] = {
     "lamp": _lamp_now,
     "light": _clip_light,
 }
-LONG_TEXTS = ("what", "caption", "rank", "first", "order", "what_now", "what_at_start", "changed")
+LONG_TEXTS = ("what", "caption", "first", "order", "what_now", "what_at_start", "changed")
 
 _DID: dict[tuple[str, bool], tuple[str, ...]] = {
     ("gate", True): ("Did the gate open?", "Did somebody open the gate?", "Was the gate opened?"),

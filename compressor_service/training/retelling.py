@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from compressor_service.training.examples import IGNORED
 from compressor_service.training.scene import COLOURS, KINDS, MAX_EVENTS, SIDES, VERBS, Clip, Event
 
 _DEEDS = len(VERBS) * len(KINDS)  # of the gate and the lamp two of these: shut and open, off and on
@@ -38,19 +39,26 @@ def happenings(clips: Sequence[Clip]) -> Tensor:
 
 
 class Retelling(nn.Module):
-    """Tells what happens from the rows of frames."""
+    """Tells what happens from the rows of frames, and which event a question speaks of from the rows that name one."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(width)
+        self.norms = nn.ModuleList(nn.RMSNorm(width) for _ in range(2))
         self.tell = nn.Linear(width, LABELS)
+        self.number = nn.Linear(width, MAX_EVENTS)
         nn.init.zeros_(self.tell.weight)
         nn.init.constant_(self.tell.bias, _RARE)
 
-    def forward(self, rows: Tensor, told: Tensor) -> Tensor:
+    def watched(self, rows: Tensor, told: Tensor) -> Tensor:
         """Return the loss of what rows (B, T, D) tell against what happens (B, T, LABELS): nats a frame."""
-        logits = self.tell(self.norm(rows)).float()
+        logits = self.tell(self.norms[0](rows)).float()
         return functional.binary_cross_entropy_with_logits(logits, told, reduction="none").sum(dim=-1).mean()
+
+    def followed(self, rows: Tensor, events: Tensor) -> Tensor:
+        """Return the loss of which event rows (B, n, L, D) tell against the right one (B, n, L): nats a name."""
+        named = events != IGNORED
+        logits = self.number(self.norms[1](rows[named])).float()
+        return functional.cross_entropy(logits, events[named], reduction="sum") / named.sum().clamp(min=1)
 
 
 def _labels(event: Event) -> list[int]:
