@@ -18,7 +18,7 @@ from compressor_service.llava_mini.checkpoint import read_json
 from compressor_service.llava_mini.config import LlavaMiniConfig
 from compressor_service.training.answering import answer
 from compressor_service.training.descent import Descent, Rates, half_precision
-from compressor_service.training.examples import Facts, Texts, Writer
+from compressor_service.training.examples import IGNORED, Facts, Texts, Writer
 from compressor_service.training.lessons import Lesson, Lessons
 from compressor_service.training.look_ups import MADE
 from compressor_service.training.network import Network, Shape, initialise, model_config
@@ -96,7 +96,9 @@ class LanguageStage:
                 watched = self.retelling.watched(answered.read.watched[:, len(self._before) :], happens)
                 followed = self.retelling.followed(answered.read.followed, texts.events)
                 loss = loss + self.settings.retelling * (watched + followed)
-                told |= {"watched": float(watched.detach()), "followed": float(followed.detach())}
+                told["watched"] = float(watched.detach())
+                if bool((texts.events != IGNORED).any()):  # else there is nothing to be good at
+                    told["followed"] = float(followed.detach())
         self._descent.step(number, loss)
         self._lessons.learn(batch.lesson, answered.right.tolist())
         return {**told, **self._lessons.told()}
