@@ -19,7 +19,7 @@ from compressor_service.training.examples import Facts, Writer
 from compressor_service.training.eyes import Eyes
 from compressor_service.training.language import LanguageSettings, LanguageStage, build_config
 from compressor_service.training.network import Network, Shape, initialise
-from compressor_service.training.packed import pass_alone, pass_packed
+from compressor_service.training.packed import look, pass_alone, pass_packed
 from compressor_service.training.questions import Asked
 from compressor_service.training.scene import draw_view
 from compressor_service.training.tokenizer import write_tokenizer
@@ -97,6 +97,22 @@ def test_many_questions_in_one_pass_are_the_same_as_one_by_one(network):
         alone = pass_alone(network.language.layers, network.rotary, rows)
         torch.testing.assert_close(together[:, number], alone[:, 9:], atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(together_shared, alone[:, :9], atol=1e-5, rtol=1e-4)
+
+
+def test_heads_are_said_to_look_where_they_attend(network):
+    random = torch.Generator().manual_seed(2)
+    shared = torch.randn(2, 9, 64, generator=random)
+    own = torch.randn(2, 3, 5, 64, generator=random)
+    layer = network.language.layers[0]
+    weights = look(layer, network.rotary, shared, own).exp()
+    attention, heads = layer.self_attn, network.language.layers[0].self_attn.config.num_attention_heads
+    rows = torch.cat((shared, own[:, 1]), dim=1)
+    turns = network.rotary(rows, position_ids=torch.arange(14)[None])
+    hidden = torch.full((14, 14), float("-inf")).triu(1)[None, None]
+    attention.config._attn_implementation = "eager"
+    _, theirs = attention(layer.input_layernorm(rows), position_embeddings=turns, attention_mask=hidden)
+    assert theirs.shape == (2, heads, 14, 14)
+    torch.testing.assert_close(weights[:, :, 1], theirs[:, :, 9:], atol=1e-5, rtol=1e-4)
 
 
 def test_frame_tokens_in_training_are_those_of_the_service(folder, network, pictures):

@@ -1,11 +1,12 @@
 """What happens in a clip, frame by frame, and what learns to tell it."""
 
 import numpy as np
+import pytest
 import torch
 
-from compressor_service.training.examples import IGNORED, Writer
+from compressor_service.training.examples import IGNORED, Texts, Writer
 from compressor_service.training.questions import Asked
-from compressor_service.training.retelling import LABELS, Retelling, happenings
+from compressor_service.training.retelling import LABELS, Retelling, happenings, moments, pointed
 from compressor_service.training.scene import MAX_EVENTS, Clip, Event, Setting, Thing, draw_clip
 from compressor_service.training.tokenizer import write_tokenizer
 
@@ -107,11 +108,58 @@ def test_events_that_are_told_in_the_same_words_have_no_number(tmp_path):
     assert texts.events[texts.events != IGNORED].tolist() == [2]
 
 
-def test_a_name_is_told_from_its_row_alone():
-    events = torch.tensor([[[IGNORED, 2, IGNORED], [IGNORED, IGNORED, 1]]])
-    rows = torch.randn(1, 2, 3, 192, generator=torch.Generator().manual_seed(8))
+def test_an_event_is_shown_by_the_slots_that_see_a_part_of_it():
+    shown = moments([clip_of(Event("comes", 1.2, 3.1, CAR), Event("gate", 4.6, 4.6, on=True))])[0]
+    assert [slots_with(shown, event) for event in range(3)] == [[1, 2, 3], [5], []]
+
+
+def texts_of(events, question_rows):
+    events, question_rows = torch.tensor(events), torch.tensor(question_rows)
+    return Texts(torch.zeros_like(events), question_rows, torch.zeros_like(events), events)
+
+
+def test_two_names_are_compared_from_the_second_to_the_row_that_opens_the_answer():
+    texts = texts_of(
+        [[[IGNORED, 2, IGNORED, 0, IGNORED, IGNORED], [1, IGNORED, IGNORED, 3, IGNORED, IGNORED]]], [[5, 4]]
+    )
+    rows = torch.randn(1, 2, 6, 192, generator=torch.Generator().manual_seed(8))
     retelling = Retelling(192)
-    loss = retelling.followed(rows, events)
-    assert torch.equal(loss, retelling.followed(rows * (events != IGNORED)[..., None], events))
-    assert not torch.equal(loss, retelling.followed(rows.flip(0, 1), events))
-    assert float(retelling.followed(rows, torch.full_like(events, IGNORED)).detach()) == 0
+    torch.nn.init.normal_(retelling.later.weight)
+    asked = torch.zeros(1, 2, 6, 1)
+    asked[0, 0, 3:5] = asked[0, 1, 3] = 1
+    loss = retelling.compared(rows, texts)
+    assert torch.equal(loss, retelling.compared(rows * asked, texts))
+    assert not torch.equal(loss, retelling.compared(rows * (1 - asked), texts))
+
+
+def test_rows_learn_to_tell_which_of_two_events_is_later():
+    texts = texts_of([[[2, 0], [1, 3], [0, 1], [3, 2]]], [[2, 2, 2, 2]])
+    rows = torch.randn(1, 4, 2, 192, generator=torch.Generator().manual_seed(9))
+    retelling = Retelling(192)
+    descent = torch.optim.Adam(retelling.parameters(), lr=0.02)
+    assert float(retelling.compared(rows, texts).detach()) == pytest.approx(np.log(2))
+    for _ in range(50):
+        descent.zero_grad()
+        loss = retelling.compared(rows, texts)
+        loss.backward()
+        descent.step()
+    assert float(loss.detach()) < 0.1
+
+
+def test_where_no_second_event_is_named_there_is_nothing_to_compare():
+    texts = texts_of([[[IGNORED, 2], [1, IGNORED]], [[IGNORED, IGNORED], [IGNORED, 3]]], [[2, 2], [2, 2]])
+    assert float(Retelling(192).compared(torch.randn(2, 2, 2, 192), texts).detach()) == 0
+
+
+def test_a_head_that_looks_at_the_frames_of_what_is_named_loses_nothing():
+    events = torch.tensor([[[IGNORED, 1]], [[0, IGNORED]]])
+    shown = torch.zeros(2, 6, MAX_EVENTS, dtype=torch.bool)
+    shown[0, 2:4, 1] = shown[1, 5, 0] = True
+    weights = torch.full((2, 1, 1, 2, 6), 1e-6)
+    weights[0, 0, 0, 1, 2:4] = 0.5
+    weights[1, 0, 0, 0, 5] = 1
+    assert float(pointed(weights.log(), shown, events)) == pytest.approx(0, abs=1e-4)
+    assert float(pointed(weights.flip(-1).log(), shown, events)) > 5
+    shown[1] = False  # what no frame shows cannot be looked at
+    assert float(pointed(weights.log(), shown, events)) == pytest.approx(0, abs=1e-4)
+    assert float(pointed(weights.log(), torch.zeros_like(shown), events)) == 0

@@ -4,6 +4,7 @@ The paper starts from a language model that can talk. This is the place of that:
 whose frame tokens are made of their facts (SceneTokens), so that thousands of scenes a second can be learned from.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -21,19 +22,22 @@ from compressor_service.training.descent import Descent, Rates, half_precision
 from compressor_service.training.examples import IGNORED, Facts, Texts, Writer
 from compressor_service.training.lessons import Lesson, Lessons
 from compressor_service.training.look_ups import MADE
-from compressor_service.training.network import Network, Shape, initialise, model_config
-from compressor_service.training.retelling import Retelling, happenings
+from compressor_service.training.network import Network, Read, Shape, initialise, model_config
+from compressor_service.training.packed import look
+from compressor_service.training.retelling import Retelling, happenings, moments, pointed
+from compressor_service.training.scene import Clip
 from compressor_service.training.scene_tokens import SceneTokens
 from compressor_service.training.tokenizer import BEGIN, END, token_id, write_tokenizer
 
 _FILE = "language.safetensors"
+_POINTING = 2  # heads that look at what a question has named
 
 
 class LanguageSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     seed: NonNegativeInt = 0
-    steps: PositiveInt = 9000
+    steps: PositiveInt = 8000
     rows: PositiveInt = Field(default=3072, description="Rows of text and frames in a step, about.")
     clip_share: NonNegativeFloat = Field(default=0.65, le=1)
     longest: PositiveInt = Field(default=320, description="Slots of the longest clips.")
@@ -92,16 +96,26 @@ class LanguageStage:
             answered = answer(self.network, self._shared(number, batch.facts), self.network.embed(texts.ids), texts)
             loss, told = answered.loss, {"loss": float(answered.loss.detach())}
             if batch.lesson.clips:
-                happens = happenings(batch.lesson.clips).to(self._device)
-                watched = self.retelling.watched(answered.read.watched[:, len(self._before) :], happens)
-                followed = self.retelling.followed(answered.read.followed, texts.events)
-                loss = loss + self.settings.retelling * (watched + followed)
-                told["watched"] = float(watched.detach())
-                if bool((texts.events != IGNORED).any()):  # else there is nothing to be good at
-                    told["followed"] = float(followed.detach())
+                retold = self._retell(answered.read, batch.lesson.clips, texts)
+                loss = loss + self.settings.retelling * sum(retold.values())
+                told |= {name: float(one.detach()) for name, one in retold.items()}
         self._descent.step(number, loss)
         self._lessons.learn(batch.lesson, answered.right.tolist())
         return {**told, **self._lessons.told()}
+
+    def _retell(self, read: Read, clips: Sequence[Clip], texts: Texts) -> dict[str, Tensor]:
+        """Return the losses of telling what happens in clips, and of finding the events that questions name."""
+        layers = self.network.language.layers
+        half, first = len(layers) // 2, len(self._before)
+        retold = {
+            "watched": self.retelling.watched(read.behind[half].shared[:, first:], happenings(clips).to(self._device))
+        }
+        if bool((texts.events != IGNORED).any()):  # else there is nothing to be good at
+            last = read.behind[half].shared.shape[1]
+            looks = look(layers[half], self.network.rotary, *read.behind[half])[:, :_POINTING, ..., first:last]
+            retold["pointed"] = pointed(looks, moments(clips).to(self._device), texts.events)
+            retold["compared"] = self.retelling.compared(read.behind[min(half + 2, len(layers))].own, texts)
+        return retold
 
     def _shared(self, number: int, facts: Facts) -> Tensor:
         """Return what a prompt holds up to the last frame (B, P, D), with noise on frame tokens (B, T, D).

@@ -72,12 +72,18 @@ def model_config(shape: Shape, vocabulary: int, vision_width: int, *, stop_id: i
     }
 
 
+class Rows(NamedTuple):
+    """What stands behind a layer."""
+
+    shared: Tensor  # (B, P, D), of the prompts
+    own: Tensor  # (B, n, L, D), of the questions
+
+
 class Read(NamedTuple):
     """What a language model made of prompts and questions."""
 
     states: Tensor  # (B, n, L, D), normed: of the questions' rows
-    watched: Tensor  # (B, P, D): of the prompts' rows after half of the layers
-    followed: Tensor  # (B, n, L, D): of the questions' rows one layer later, which is the first to read these
+    behind: tuple[Rows, ...]  # behind 0, 1, ... of its layers
 
 
 class Network(nn.Module):
@@ -116,12 +122,10 @@ class Network(nn.Module):
 
     def read(self, shared: Tensor, own: Tensor) -> Read:
         """Pass prompts (B, P, D) and n questions with their answers (B, n, L, D) through the language model."""
-        layers = self.language.layers
-        half = len(layers) // 2
-        watched, own = pass_packed(layers[:half], self.rotary, shared, own)
-        shared, followed = pass_packed(layers[half : half + 1], self.rotary, watched, own)
-        _, own = pass_packed(layers[half + 1 :], self.rotary, shared, followed)
-        return Read(self.language.norm(own), watched, followed)
+        behind = [Rows(shared, own)]
+        for layer in self.language.layers:
+            behind.append(Rows(*pass_packed([layer], self.rotary, *behind[-1])))
+        return Read(self.language.norm(behind[-1].own), tuple(behind))
 
     def parts(self) -> dict[str, nn.Module]:
         """The modules by the prefix of their published names."""
