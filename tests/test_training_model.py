@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from compressor_service.llava_mini.model import LlavaMini
 from compressor_service.llava_mini.prompt import Prompt
 from compressor_service.preprocess import pixels
-from compressor_service.training.alignment import answer_pictures, only_questions
+from compressor_service.training.alignment import PictureBatches, answer_pictures, only_questions
 from compressor_service.training.answering import answer
 from compressor_service.training.descent import Rates
 from compressor_service.training.draw import draw
@@ -149,9 +149,33 @@ def test_an_answer_is_right_only_to_its_last_token(folder, network, pictures):
     writer = Writer(write_tokenizer(folder))
     texts = writer.write([QUESTIONS] * len(pictures))
     features = Eyes(folder, torch.device("cpu")).features(pictures)
-    _, answered = answer_pictures(network, features, torch.tensor(writer.before), texts)
+    _, _, answered = answer_pictures(network, features, torch.tensor(writer.before), texts)
     assert answered.loss > 0
     assert not answered.right.any()  # untaught
+
+
+def test_questions_that_are_only_fused_change_no_answer(folder, network, pictures):
+    writer = Writer(write_tokenizer(folder))
+    texts = writer.write([QUESTIONS] * len(pictures))
+    features = Eyes(folder, torch.device("cpu")).features(pictures)
+    with torch.no_grad():
+        _, fused, answered = answer_pictures(network, features, torch.tensor(writer.before), texts, 2)
+        _, fused_alone, alone = answer_pictures(network, features, torch.tensor(writer.before), texts.first(2))
+    assert answered.right.shape == (len(pictures), 2)
+    assert fused.shape[1] == len(QUESTIONS)
+    torch.testing.assert_close(fused[:, :2], fused_alone)
+    torch.testing.assert_close(answered.loss, alone.loss)
+
+
+def test_the_last_question_of_a_batch_may_be_about_a_clip(folder):
+    tokenizer = write_tokenizer(folder)
+    with_clips = PictureBatches(3, pictures=6, questions=2, films=0, stories=2, tokenizer=tokenizer)(5)
+    without = PictureBatches(3, pictures=6, questions=2, films=0, stories=0, tokenizer=tokenizer)(5)
+    assert with_clips.texts.ids.shape[:2] == (6, 3)
+    assert without.texts.ids.shape[:2] == (6, 2)
+    rows = without.texts.ids.shape[2]
+    assert torch.equal(with_clips.texts.first(2).ids[..., :rows], without.texts.ids)
+    assert np.array_equal(with_clips.pictures, without.pictures)
 
 
 def test_a_padded_question_answers_as_it_does_without_padding(folder, network):

@@ -64,6 +64,10 @@ class Texts:
     def to(self, device: torch.device) -> "Texts":
         return Texts(*(getattr(self, field.name).to(device) for field in fields(self)))
 
+    def first(self, count: int | None) -> "Texts":
+        """Return the first `count` questions to each, in as many rows; all if None."""
+        return Texts(*(getattr(self, field.name)[:, :count] for field in fields(self)))
+
 
 class Writer:
     """Turns questions and answers into ids, as the service's prompt does."""

@@ -80,7 +80,7 @@ class TuningStage:
             film_share=settings.film_share,
         )
         self._stories: dict[int, Story] = {}
-        self._pictures = PictureBatches(settings.seed, settings.pictures, settings.questions, 0, tokenizer)
+        self._pictures = PictureBatches(settings.seed, settings.pictures, settings.questions, 0, 0, tokenizer)
         self._before = torch.tensor(self._writer.before, device=self._device)
         made = tuple(f"language.{prefix}" for prefix in MADE)
         self._descent = Descent(self.network.named_parameters(), settings.rates, steps=settings.steps, made=made)
@@ -99,7 +99,7 @@ class TuningStage:
             else:
                 features = self._eyes.features(batch.pictures)
                 kind = "pictures"
-                _, answered = answer_pictures(self.network, features, self._before, batch.texts.to(self._device))
+                _, _, answered = answer_pictures(self.network, features, self._before, batch.texts.to(self._device))
         self._descent.step(number, answered.loss)
         return {kind: float(answered.loss.detach()), f"{kind}_right": float(answered.right.float().mean())}
 
