@@ -9,7 +9,8 @@ alone, `fused` (LLaVA-Mini) the frame token that pre-fusion makes. As in the pap
 first (`alignment`) and then learns, too (`tuning`). It was schooled on one vector a frame, before all three.
 
 `accuracy` is over one question of every family to each of the test scenes of every seed, `low` to `high` its 95 %
-interval over scenes, `seeds` the accuracy of each seed. `ratio` is the accuracy against that of `patches`.
+interval over scenes, `seeds` the accuracy of each seed. `ratio` is the accuracy against that of `patches`. What a seed
+gave is kept in RUN: the same command goes on with the next one.
 """
 
 import argparse
@@ -20,13 +21,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 from compressor_service.training.alignment import load_network, only_questions
 from compressor_service.training.answering import Answered, answer
@@ -52,6 +52,7 @@ from compressor_service.training.tokenizer import write_tokenizer
 from compressor_service.training.tuning import mean_text
 
 Vision = Literal["patches", "token", "fused"]
+Group = Literal["pictures", "clips"]
 
 PICTURES, CLIPS = 24, 5  # in a step: of either, by turns
 QUESTIONS = 5
@@ -150,10 +151,9 @@ def _ask(random: np.random.Generator, scene: View | Story, family: str) -> Asked
     return ask_picture(random, scene, family) if isinstance(scene, View) else ask_clip(random, scene, family)
 
 
-def learn(run: Path, seed: int, steps: tuple[int, int], tokenizer: PreTrainedTokenizerFast) -> list[Learner]:
+def learn(run: Path, seed: int, steps: tuple[int, int], writer: Writer) -> list[Learner]:
     """Let the three learn side by side."""
-    eyes, writer = Eyes(run, torch.device("cpu")), Writer(tokenizer)
-    before = torch.tensor(writer.before)
+    eyes, before = Eyes(run, torch.device("cpu")), torch.tensor(writer.before)
     torch.manual_seed(seed)
     first = eyes.features(batch(seed, 0, writer).pictures).flatten(0, 1)
     learners = [Learner(vision, run, first, steps) for vision in get_args(Vision)]
@@ -171,24 +171,43 @@ def learn(run: Path, seed: int, steps: tuple[int, int], tokenizer: PreTrainedTok
     return learners
 
 
+class Judged(NamedTuple):
+    """A question to a test scene, and whether it was answered right."""
+
+    vision: Vision
+    group: Group
+    scene: str
+    right: bool
+
+
 @torch.no_grad()
-def examine(learner: Learner, run: Path, seed: int, scenes: int, writer: Writer) -> list[tuple[str, str, bool]]:
-    """Return the group, the scene and whether right, of one question of every family to test scenes.
+def examine(learner: Learner, run: Path, seed: int, scenes: int, writer: Writer) -> list[Judged]:
+    """Ask one question of every family to test scenes.
 
     An answer counts as right if every token of it is the likeliest after the right ones before: greedy decoding says
     exactly this answer then.
     """
     eyes, before = Eyes(run, torch.device("cpu")), torch.tensor(writer.before)
-    judged = []
+    judged: list[Judged] = []
     for number in range(2 * scenes):
         random = np.random.default_rng(split_seed("test", seed, number))
-        group = "clips" if number % 2 else "pictures"
+        group: Group = "clips" if number % 2 else "pictures"
         [scene], pictures = _draw(random, clips=number % 2 == 1, count=1)
         asked = [one for family in _families(scene) if (one := _ask(random, scene, family)) is not None]
         with half_precision(torch.device("cpu")):
             features = eyes.features(pictures)[None]
             answered = see(learner.network, learner.vision, features, before, writer.write([asked]))
-        judged += [(group, f"{seed}/{number}", bool(right)) for right in answered.right[0]]
+        judged += [Judged(learner.vision, group, f"{seed}/{number}", bool(right)) for right in answered.right[0]]
+    return judged
+
+
+def judge(run: Path, seed: int, steps: tuple[int, int], scenes: int, writer: Writer) -> list[Judged]:
+    """Let the three learn and examine them, unless that was done before."""
+    kept = run / f"one-token-{seed}-{steps[0]}-{steps[1]}-{scenes}.json"
+    if kept.exists():
+        return [Judged(*one) for one in json.loads(kept.read_text())]
+    judged = [one for learner in learn(run, seed, steps, writer) for one in examine(learner, run, seed, scenes, writer)]
+    kept.write_text(json.dumps(judged))
     return judged
 
 
@@ -200,15 +219,15 @@ def main() -> None:
     parser.add_argument("--alignment", type=int, default=300)
     parser.add_argument("--tuning", type=int, default=1200)
     options = parser.parse_args()
-    tokenizer = write_tokenizer(options.run)
-    judged: defaultdict[tuple[str, Vision], dict[int, list[tuple[str, bool]]]] = defaultdict(dict)
+    writer = Writer(write_tokenizer(options.run))
+    steps = (options.alignment, options.tuning)
+    rights: defaultdict[tuple[Group, Vision], dict[int, list[tuple[str, bool]]]] = defaultdict(dict)
     for seed in options.seeds:
-        for learner in learn(options.run, seed, (options.alignment, options.tuning), tokenizer):
-            for group, scene, right in examine(learner, options.run, seed, options.scenes, Writer(tokenizer)):
-                judged[group, learner.vision].setdefault(seed, []).append((scene, right))
-    for (group, vision), by_seed in sorted(judged.items(), key=lambda one: one[0][0]):
+        for one in judge(options.run, seed, steps, options.scenes, writer):
+            rights[one.group, one.vision].setdefault(seed, []).append((one.scene, one.right))
+    for (group, vision), by_seed in sorted(rights.items(), key=lambda one: one[0][0]):
         score = Score.of(one for some in by_seed.values() for one in some)
-        patches = Score.of(one for some in judged[group, "patches"].values() for one in some)
+        patches = Score.of(one for some in rights[group, "patches"].values() for one in some)
         row = {
             "benchmark": "one token",
             "case": f"{group}, {vision}",
