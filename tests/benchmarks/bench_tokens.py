@@ -1,12 +1,13 @@
 """What one vision token a picture costs in accuracy, and what pre-fusion gives back: the paper's central claim.
 
-    python -m tests.benchmarks.bench_tokens RUN [--seeds 0 1 2] [--scenes 400] [--alignment 300] [--tuning 1200]
+    python -m tests.benchmarks.bench_tokens [RUN] [--seeds 0 1 2] [--scenes 400] [--alignment 300] [--tuning 1200]
 
-RUN is a folder of `tokenline train` whose stages `tower` and `language` are done. From there three models learn side by
-side, from the same pictures, clips of 4 to 8 s and questions, in the same order, in as many steps with the same rates:
-`patches` puts all 49 projected patches of a picture before the language model, `token` the projected compressed token
-alone, `fused` (LLaVA-Mini) the frame token that pre-fusion makes. As in the paper the language model stands still at
-first (`alignment`) and then learns, too (`tuning`). It was schooled on one vector a frame, before all three.
+RUN (runs/yard) is a folder of `tokenline train` whose stages `tower` and `language` are done. From there three models
+learn side by side, from the same pictures, clips of 4 to 8 s and questions, in the same order, in as many steps with
+the same rates: `patches` puts all 49 projected patches of a picture before the language model, `token` the projected
+compressed token alone, `fused` (LLaVA-Mini) the frame token that pre-fusion makes. As in the paper the language model
+stands still at first (`alignment`) and then learns, too (`tuning`). It was schooled on one vector a frame, before all
+three.
 
 `accuracy` is over one question of every family to each of the test scenes of every seed, `low` to `high` its 95 %
 interval over scenes, `seeds` the accuracy of each seed. `ratio` is the accuracy against that of `patches`. What a seed
@@ -54,6 +55,7 @@ from compressor_service.training.tuning import mean_text
 Vision = Literal["patches", "token", "fused"]
 Group = Literal["pictures", "clips"]
 
+SCHOOLED = "language.safetensors"  # the language model, as the stage `language` leaves it
 PICTURES, CLIPS = 24, 5  # in a step: of either, by turns
 QUESTIONS = 5
 SLOTS = (4, 8)
@@ -95,7 +97,7 @@ class Learner:
 
     def __init__(self, vision: Vision, run: Path, features: Tensor, steps: tuple[int, int]) -> None:
         self.vision, self._steps = vision, steps
-        self.network, _ = load_network(Shape(), run, "language.safetensors")
+        self.network, _ = load_network(Shape(), run, SCHOOLED)
         fit_to_features(self.network, features)
         frozen(self.network.language.parameters())
         self._descent = Descent(self.network.named_parameters(), ALIGNMENT, steps=steps[0])
@@ -213,12 +215,15 @@ def judge(run: Path, seed: int, steps: tuple[int, int], scenes: int, writer: Wri
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("run", type=Path)
+    parser.add_argument("run", type=Path, nargs="?", default=Path("runs/yard"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--scenes", type=int, default=400)
     parser.add_argument("--alignment", type=int, default=300)
     parser.add_argument("--tuning", type=int, default=1200)
     options = parser.parse_args()
+    if not (options.run / SCHOOLED).exists():
+        print(f"left out: {options.run} holds no trained language model", file=sys.stderr)
+        return
     writer = Writer(write_tokenizer(options.run))
     steps = (options.alignment, options.tuning)
     rights: defaultdict[tuple[Group, Vision], dict[int, list[tuple[str, bool]]]] = defaultdict(dict)
