@@ -1,6 +1,6 @@
 """What one vision token a picture costs in accuracy, and what pre-fusion gives back: the paper's central claim.
 
-    python -m tests.benchmarks.bench_tokens [RUN] [--seeds 0 1 2] [--scenes 400] [--alignment 300] [--tuning 1200]
+    python -m tests.benchmarks.bench_tokens [RUN] [--seeds 0 1 2] [--scenes 400] [--alignment 1000] [--tuning 3000]
 
 RUN (runs/yard) is a folder of `tokenline train` whose stages `tower` and `language` are done. From there three models
 learn side by side, from the same pictures, clips of 4 to 8 s and questions, in the same order, in as many steps with
@@ -10,8 +10,8 @@ stands still at first (`alignment`) and then learns, too (`tuning`). It was scho
 three.
 
 `accuracy` is over one question of every family to each of the test scenes of every seed, `low` to `high` its 95 %
-interval over scenes, `seeds` the accuracy of each seed. `ratio` is the accuracy against that of `patches`. What a seed
-gave is kept in RUN: the same command goes on with the next one.
+interval over scenes, `seeds` the accuracy of each seed. `ratio` is the accuracy against that of `patches`. A seed takes
+an hour or two on one core, and is kept in RUN: the same command goes on after a stop.
 """
 
 import argparse
@@ -22,11 +22,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from compressor_service.training.alignment import load_network, only_questions
@@ -37,6 +38,7 @@ from compressor_service.training.examples import Texts, Writer
 from compressor_service.training.eyes import Eyes
 from compressor_service.training.network import Network, Shape, fit_to_features
 from compressor_service.training.pictures import draw_pictures
+from compressor_service.training.progress import Display
 from compressor_service.training.questions import (
     CLIP_FAMILIES,
     LONG_TEXTS,
@@ -46,6 +48,7 @@ from compressor_service.training.questions import (
     ask_clip,
     ask_picture,
 )
+from compressor_service.training.runner import StagePlan, run
 from compressor_service.training.scene import View, draw_clip
 from compressor_service.training.score import Score
 from compressor_service.training.seeds import split_seed
@@ -55,6 +58,7 @@ from compressor_service.training.tuning import mean_text
 Vision = Literal["patches", "token", "fused"]
 Group = Literal["pictures", "clips"]
 
+JUDGED = "judged.json"
 SCHOOLED = "language.safetensors"  # the language model, as the stage `language` leaves it
 PICTURES, CLIPS = 24, 5  # in a step: of either, by turns
 QUESTIONS = 5
@@ -70,6 +74,15 @@ class Batch:
     pictures: NDArray[np.uint8]
     slots: int
     texts: Texts
+
+
+class Judged(NamedTuple):
+    """A question to a test scene, and whether it was answered right."""
+
+    vision: Vision
+    group: Group
+    scene: str
+    right: bool
 
 
 def see(network: Network, vision: Vision, features: Tensor, before: Tensor, texts: Texts) -> Answered:
@@ -93,28 +106,119 @@ def see(network: Network, vision: Vision, features: Tensor, before: Tensor, text
 
 
 class Learner:
-    """One of the three models on its way."""
+    """One of the three models in one of its two stages."""
 
-    def __init__(self, vision: Vision, run: Path, features: Tensor, steps: tuple[int, int]) -> None:
-        self.vision, self._steps = vision, steps
-        self.network, _ = load_network(Shape(), run, SCHOOLED)
-        fit_to_features(self.network, features)
-        frozen(self.network.language.parameters())
-        self._descent = Descent(self.network.named_parameters(), ALIGNMENT, steps=steps[0])
+    def __init__(self, vision: Vision, network: Network, rates: Rates, steps: int) -> None:
+        self.vision, self.network = vision, network
+        self._descent = Descent(network.named_parameters(), rates, steps=steps)
 
     def step(self, number: int, features: Tensor, before: Tensor, texts: Texts) -> float:
-        alignment, tuning = self._steps
-        if number == alignment:
-            for parameter in self.network.parameters():
-                parameter.requires_grad_(True)
-            self._descent = Descent(self.network.named_parameters(), TUNING, steps=tuning)
         with half_precision(torch.device("cpu")):
             answered = see(self.network, self.vision, features, before, texts)
-        self._descent.step(number - alignment if number >= alignment else number, answered.loss)
+        self._descent.step(number, answered.loss)
         return float(answered.right.float().mean())
 
+    def state(self) -> dict[str, Any]:
+        return {"network": self.network.state_dict(), "descent": self._descent.state()}
 
-def batch(seed: int, number: int, writer: Writer) -> Batch:
+    def restore(self, state: dict[str, Any]) -> None:
+        self.network.load_state_dict(state["network"])
+        self._descent.restore(state["descent"])
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    seed: int
+    alignment: int
+    tuning: int
+    scenes: int
+
+
+class SideBySide:
+    """The three learn from the same batches, one step each."""
+
+    prefetch = False
+
+    def __init__(self, settings: Settings, run: Path, folder: Path, name: Literal["alignment", "tuning"]) -> None:
+        self.name, self.steps = name, getattr(settings, name)
+        self._settings, self._run = settings, run
+        self._eyes, self._writer = Eyes(run, torch.device("cpu")), Writer(write_tokenizer(folder))
+        self._before = torch.tensor(self._writer.before)
+        self._learners = [self._learner(vision, folder) for vision in get_args(Vision)]
+
+    def _learner(self, vision: Vision, folder: Path) -> Learner:
+        if self.name == "tuning":
+            network, _ = load_network(Shape(), self._run, SCHOOLED)
+            network.load_state_dict(torch.load(folder / _aligned(vision), weights_only=True))
+            return Learner(vision, network, TUNING, self.steps)
+        network, _ = load_network(Shape(), self._run, SCHOOLED)
+        fit_to_features(network, self._eyes.features(self.batch(0).pictures).flatten(0, 1))
+        frozen(network.language.parameters())
+        return Learner(vision, network, ALIGNMENT, self.steps)
+
+    def batch(self, number: int) -> Batch:
+        begun = self._settings.alignment if self.name == "tuning" else 0
+        return draw_batch(self._settings.seed, begun + number, self._writer)
+
+    def step(self, number: int, batch: Batch) -> dict[str, float]:
+        features = self._eyes.features(batch.pictures)
+        features = features.view(-1, batch.slots, *features.shape[1:])
+        return {learner.vision: learner.step(number, features, self._before, batch.texts) for learner in self._learners}
+
+    def state(self) -> dict[str, Any]:
+        return {learner.vision: learner.state() for learner in self._learners}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        for learner in self._learners:
+            learner.restore(state[learner.vision])
+
+    def finish(self, folder: Path) -> None:
+        for learner in self._learners:
+            if self.name == "alignment":
+                torch.save(learner.network.state_dict(), folder / _aligned(learner.vision))
+        if self.name == "tuning":
+            judged = [one for learner in self._learners for one in self._examine(learner)]
+            (folder / JUDGED).write_text(json.dumps(judged))
+
+    @torch.no_grad()
+    def _examine(self, learner: Learner) -> list[Judged]:
+        """Ask one question of every family to test scenes.
+
+        An answer counts as right if every token of it is the likeliest after the right ones before: greedy decoding
+        says exactly this answer then.
+        """
+        judged: list[Judged] = []
+        for number in range(2 * self._settings.scenes):
+            random = np.random.default_rng(split_seed("test", self._settings.seed, number))
+            group: Group = "clips" if number % 2 else "pictures"
+            [scene], pictures = _draw(random, clips=number % 2 == 1, count=1)
+            asked = [one for family in _families(scene) if (one := _ask(random, scene, family)) is not None]
+            with half_precision(torch.device("cpu")):
+                features = self._eyes.features(pictures)[None]
+                answered = see(learner.network, learner.vision, features, self._before, self._writer.write([asked]))
+            scene_id = f"{self._settings.seed}/{number}"
+            judged += [Judged(learner.vision, group, scene_id, bool(right)) for right in answered.right[0]]
+        return judged
+
+
+def _aligned(vision: Vision) -> str:
+    return f"aligned-{vision}.pt"
+
+
+def judge(trained: Path, settings: Settings) -> list[Judged]:
+    """Let the three learn and examine them, or go on with that."""
+    folder = trained / f"one-token-{settings.seed}"
+    plans = [
+        StagePlan("alignment", lambda folder: SideBySide(settings, trained, folder, "alignment"), settings.alignment),
+        StagePlan("tuning", lambda folder: SideBySide(settings, trained, folder, "tuning"), settings.tuning),
+    ]
+    with Display() as shown:
+        run(plans, folder, recipe=settings, seed=settings.seed, on_progress=shown.progress, on_note=shown.note)
+    return [Judged(*one) for one in json.loads((folder / JUDGED).read_text())]
+
+
+def draw_batch(seed: int, number: int, writer: Writer) -> Batch:
     """Draw what is learned from in a step: questions with short texts or with long ones, that none be padded much."""
     random = np.random.default_rng((seed, number, 3))
     long = number % 6 < 2
@@ -153,82 +257,21 @@ def _ask(random: np.random.Generator, scene: View | Story, family: str) -> Asked
     return ask_picture(random, scene, family) if isinstance(scene, View) else ask_clip(random, scene, family)
 
 
-def learn(run: Path, seed: int, steps: tuple[int, int], writer: Writer) -> list[Learner]:
-    """Let the three learn side by side."""
-    eyes, before = Eyes(run, torch.device("cpu")), torch.tensor(writer.before)
-    torch.manual_seed(seed)
-    first = eyes.features(batch(seed, 0, writer).pictures).flatten(0, 1)
-    learners = [Learner(vision, run, first, steps) for vision in get_args(Vision)]
-    recent = dict.fromkeys(get_args(Vision), 0.0)
-    for number in range(sum(steps)):
-        drawn = batch(seed, number, writer)
-        features = eyes.features(drawn.pictures)
-        features = features.view(-1, drawn.slots, *features.shape[1:])
-        for learner in learners:
-            right = learner.step(number, features, before, drawn.texts)
-            recent[learner.vision] += 0.02 * (right - recent[learner.vision])
-        if number % 50 == 49:
-            told = ", ".join(f"{vision} {right:.2f}" for vision, right in recent.items())
-            print(f"seed {seed}, step {number + 1} of {sum(steps)}: {told}", file=sys.stderr, flush=True)
-    return learners
-
-
-class Judged(NamedTuple):
-    """A question to a test scene, and whether it was answered right."""
-
-    vision: Vision
-    group: Group
-    scene: str
-    right: bool
-
-
-@torch.no_grad()
-def examine(learner: Learner, run: Path, seed: int, scenes: int, writer: Writer) -> list[Judged]:
-    """Ask one question of every family to test scenes.
-
-    An answer counts as right if every token of it is the likeliest after the right ones before: greedy decoding says
-    exactly this answer then.
-    """
-    eyes, before = Eyes(run, torch.device("cpu")), torch.tensor(writer.before)
-    judged: list[Judged] = []
-    for number in range(2 * scenes):
-        random = np.random.default_rng(split_seed("test", seed, number))
-        group: Group = "clips" if number % 2 else "pictures"
-        [scene], pictures = _draw(random, clips=number % 2 == 1, count=1)
-        asked = [one for family in _families(scene) if (one := _ask(random, scene, family)) is not None]
-        with half_precision(torch.device("cpu")):
-            features = eyes.features(pictures)[None]
-            answered = see(learner.network, learner.vision, features, before, writer.write([asked]))
-        judged += [Judged(learner.vision, group, f"{seed}/{number}", bool(right)) for right in answered.right[0]]
-    return judged
-
-
-def judge(run: Path, seed: int, steps: tuple[int, int], scenes: int, writer: Writer) -> list[Judged]:
-    """Let the three learn and examine them, unless that was done before."""
-    kept = run / f"one-token-{seed}-{steps[0]}-{steps[1]}-{scenes}.json"
-    if kept.exists():
-        return [Judged(*one) for one in json.loads(kept.read_text())]
-    judged = [one for learner in learn(run, seed, steps, writer) for one in examine(learner, run, seed, scenes, writer)]
-    kept.write_text(json.dumps(judged))
-    return judged
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("run", type=Path, nargs="?", default=Path("runs/yard"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--scenes", type=int, default=400)
-    parser.add_argument("--alignment", type=int, default=300)
-    parser.add_argument("--tuning", type=int, default=1200)
+    parser.add_argument("--alignment", type=int, default=1000)
+    parser.add_argument("--tuning", type=int, default=3000)
     options = parser.parse_args()
     if not (options.run / SCHOOLED).exists():
         print(f"left out: {options.run} holds no trained language model", file=sys.stderr)
         return
-    writer = Writer(write_tokenizer(options.run))
-    steps = (options.alignment, options.tuning)
     rights: defaultdict[tuple[Group, Vision], dict[int, list[tuple[str, bool]]]] = defaultdict(dict)
     for seed in options.seeds:
-        for one in judge(options.run, seed, steps, options.scenes, writer):
+        settings = Settings(seed=seed, alignment=options.alignment, tuning=options.tuning, scenes=options.scenes)
+        for one in judge(options.run, settings):
             rights[one.group, one.vision].setdefault(seed, []).append((one.scene, one.right))
     for (group, vision), by_seed in sorted(rights.items(), key=lambda one: one[0][0]):
         score = Score.of(one for some in by_seed.values() for one in some)
