@@ -425,8 +425,9 @@ def test_ctrl_c_ends_a_command_quietly_with_130():
         command = [Path(sys.executable).with_name("tokenline"), "health"]
         environment = os.environ | {"TOKENLINE_URL": f"http://127.0.0.1:{server.getsockname()[1]}"}
         process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        connection, _ = server.accept()  # the command is waiting for an answer now
+        connection, _ = server.accept()
         with connection:
+            assert connection.recv(4)  # the command has asked, and is waiting for an answer now
             process.send_signal(signal.SIGINT)
             out, err = process.communicate(timeout=30)
     assert (process.returncode, out, err) == (130, b"", b"")
