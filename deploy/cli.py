@@ -390,7 +390,7 @@ class ShowHealth(Remote):
 
 
 class Train(BaseModel):
-    """Train the small model from nothing; the same command goes on with a training that was stopped."""
+    """Train the small model; the same command goes on with a training that was stopped."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -400,6 +400,9 @@ class Train(BaseModel):
     scale: PositiveFloat = Field(default=1.0, description="Steps as a part of the recipe's; 0.001 is a quick try.")
     workers: NonNegativeInt = Field(default=1, description="Processes that draw batches ahead.")
     threads: PositiveInt | None = Field(default=None, description="CPU cores to learn with; else all.")
+    start: Path | None = Field(
+        default=None, description="A checkpoint that was trained so, to be tuned further; else from nothing."
+    )
 
     def cli_cmd(self) -> None:
         from compressor_service.training.progress import Display
@@ -416,6 +419,7 @@ class Train(BaseModel):
                     scale=self.scale,
                     workers=self.workers,
                     threads=self.threads,
+                    start=self.start,
                     on_progress=shown.progress,
                     on_note=shown.note,
                 )

@@ -65,9 +65,7 @@ def network(folder):
     """The network as it was written: rounded to float16."""
     _, config = build_config(SHAPE, folder)
     network = Network(config)
-    stored = {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
-    for prefix, module in network.parts().items():
-        module.load_state_dict({n.removeprefix(prefix): t for n, t in stored.items() if n.startswith(prefix)})
+    network.load(folder)
     return network
 
 

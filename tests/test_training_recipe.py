@@ -1,12 +1,47 @@
-"""The recipe: its settings, and what it refuses before anything is trained."""
+"""The recipe: its settings, what it refuses before anything is trained, and how a trained model is tuned further."""
 
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from compressor_service.training.recipe import Recipe, train
+from compressor_service.training.language import build_config
+from compressor_service.training.network import Network, Shape, initialise
+from compressor_service.training.recipe import Recipe, further_plans, train
 from compressor_service.training.run_folder import CannotTrain
+from compressor_service.training.runner import run
+from compressor_service.training.tokenizer import write_tokenizer
+from compressor_service.training.tower import TowerSettings, TowerStage
+from compressor_service.training.tuning import TuningSettings
+
+SHAPE = Shape(width=64, inner=96, heads=8, layers=2, prefusion_layers=2, context_rows=512)
+TOWER = TowerSettings(
+    steps=1, pictures=8, captions=8, films=0, width=64, layers=2, heads=4, inner=64, space=16, text_width=32,
+    text_layers=1,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small checkpoint of untaught weights, as a training leaves it."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    TowerStage(TOWER).finish(folder)
+    raw, config = build_config(SHAPE, folder)
+    network = Network(config)
+    initialise(network, write_tokenizer(folder), torch.Generator().manual_seed(4))
+    network.write(folder, raw)
+    (folder / "recipe.json").write_text(json.dumps({"seed": 7}))
+    return folder
+
+
+def settings(**changed: Any) -> dict[str, Any]:
+    """Keyword arguments of train() for a training that is over at once."""
+    silent: dict[str, Any] = {"on_progress": lambda progress: None, "on_note": lambda note: None}
+    return {"seed": 0, "device": "cpu", "scale": 1e-9, "workers": 0, "threads": None, **silent, **changed}
 
 
 def test_a_scaled_recipe_keeps_everything_but_its_steps_and_never_less_than_two_of_them() -> None:
@@ -20,14 +55,32 @@ def test_a_scaled_recipe_keeps_everything_but_its_steps_and_never_less_than_two_
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(CannotTrain, match="--device cpu"):
-        train(
-            tmp_path / "run",
-            seed=0,
-            device="cuda",
-            scale=0.001,
-            workers=0,
-            threads=None,
-            on_progress=lambda progress: None,
-            on_note=lambda note: None,
-        )
+        train(tmp_path / "run", **settings(device="cuda"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_trained_model_is_tuned_further_from_its_own_weights_and_its_recipe_is_kept(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    tuning = TuningSettings(steps=2, pictures=2, questions=1, clip_share=0, clips=2, long_clips=0, shape=SHAPE)
+    recipe = Recipe(tuning=tuning, start={"seed": 7})
+    run(further_plans(recipe, checkpoint), tmp_path / "run", recipe=recipe, seed=0)
+    before, after = (load_file(one / "model.safetensors") for one in (checkpoint, tmp_path / "run" / "checkpoint"))
+    assert before.keys() == after.keys()
+    moved = [(after[name].float() - before[name].float()).abs().max() for name in before]
+    assert 0 < max(moved) < 0.1  # two steps away, and no further
+    assert json.loads((tmp_path / "run" / "recipe.json").read_text())["recipe"]["start"] == {"seed": 7}
+
+
+def test_a_model_of_another_shape_is_not_tuned_and_the_difference_is_named(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(CannotTrain, match="hidden_size is 64, not 256"):
+        train(tmp_path / "run", **settings(start=checkpoint))
+
+
+@pytest.mark.parametrize("missing", ["recipe.json", "config.json", "clip"])
+def test_what_no_training_made_is_not_tuned(checkpoint: Path, tmp_path: Path, missing: str) -> None:
+    broken = shutil.copytree(checkpoint, tmp_path / "broken")
+    shutil.rmtree(broken / missing) if missing == "clip" else (broken / missing).unlink()
+    with pytest.raises(CannotTrain, match=missing):
+        train(tmp_path / "run", **settings(start=broken))
     assert not (tmp_path / "run").exists()

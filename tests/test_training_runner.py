@@ -402,14 +402,18 @@ def test_the_command_trains_as_its_flags_say_and_tells_how_it_ended(monkeypatch,
     asked = []
 
     def recipe(folder, **options):
-        asked.append((folder, {name: options[name] for name in ("seed", "device", "scale", "workers", "threads")}))
+        asked.append(
+            (folder, {name: options[name] for name in ("seed", "device", "scale", "workers", "threads", "start")})
+        )
         options["on_note"]("a note")
         if outcome:
             raise outcome
 
     monkeypatch.setitem(sys.modules, "compressor_service.training.recipe", SimpleNamespace(train=recipe))
     assert run_command(["train", "out", "--seed", "2", "--scale", "0.5", "--workers", "0"]) == code
-    assert asked == [(Path("out"), {"seed": 2, "device": "auto", "scale": 0.5, "workers": 0, "threads": None})]
+    assert asked == [
+        (Path("out"), {"seed": 2, "device": "auto", "scale": 0.5, "workers": 0, "threads": None, "start": None})
+    ]
     assert capsys.readouterr().err == "a note\n" + told
 
 

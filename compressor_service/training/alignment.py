@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from safetensors.torch import save_model
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -22,15 +23,14 @@ from compressor_service.training.answering import Answered, answer
 from compressor_service.training.descent import Descent, Rates, frozen, half_precision
 from compressor_service.training.examples import Facts, Texts, Writer
 from compressor_service.training.eyes import Eyes
-from compressor_service.training.language import build_config, load_schooled, save_schooled
+from compressor_service.training.language import SCHOOLED, load_network, load_scenes
 from compressor_service.training.network import Network, Shape, fit_to_features
 from compressor_service.training.pictures import draw_pictures
 from compressor_service.training.questions import CLIP_FAMILIES, PICTURE_FAMILIES, Asked, Story, ask_clip, ask_picture
 from compressor_service.training.scene import View, draw_clip, draw_slots
-from compressor_service.training.scene_tokens import Codes, SceneTokens
 from compressor_service.training.tokenizer import write_tokenizer
 
-_FILE = "aligned.safetensors"
+ALIGNED = "aligned.safetensors"
 _SLOTS = 8, 32  # of clips that are asked about and not seen: long enough for all that is asked
 
 
@@ -119,7 +119,8 @@ class AlignmentStage:
             settings.seed, settings.pictures, settings.questions, settings.films, settings.stories, tokenizer
         )
         self._eyes = Eyes(folder, self._device)
-        self.network, self.scenes = load_network(settings.shape, folder, "language.safetensors")
+        self.network = load_network(settings.shape, folder, SCHOOLED)
+        self.scenes = load_scenes(settings.shape, folder)
         self.network.to(self._device)
         self.scenes.to(self._device)
         frozen(self.scenes.parameters())
@@ -156,7 +157,7 @@ class AlignmentStage:
         self._descent.restore(state["descent"])
 
     def finish(self, folder: Path) -> None:
-        save_schooled(folder / _FILE, self.network, self.scenes)
+        save_model(self.network, str(folder / ALIGNED))
 
 
 def answer_pictures(
@@ -189,12 +190,3 @@ def _missed(made: Tensor, wanted: Tensor) -> Tensor:
     """Return how far vectors (n, D) are from what they are to be, squared: 1 is no better than their mean."""
     made, wanted = made.float(), wanted.float()
     return (made - wanted).square().mean() / (wanted - wanted.mean(dim=0)).square().mean()
-
-
-def load_network(shape: Shape, folder: Path, name: str) -> tuple[Network, SceneTokens]:
-    """Build a network and load what an earlier stage wrote."""
-    _, config = build_config(shape, folder)
-    network = Network(config)
-    scenes = SceneTokens(Codes.blank(config.width))
-    load_schooled(folder / name, network, scenes)
-    return network, scenes

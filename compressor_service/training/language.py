@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_model, save_model
 from torch import Tensor
 from transformers import CLIPConfig, CLIPVisionConfig
 
@@ -26,10 +26,10 @@ from compressor_service.training.network import Network, Read, Shape, initialise
 from compressor_service.training.packed import look
 from compressor_service.training.retelling import Retelling, happenings, moments, pointed
 from compressor_service.training.scene import Clip
-from compressor_service.training.scene_tokens import SceneTokens
+from compressor_service.training.scene_tokens import Codes, SceneTokens
 from compressor_service.training.tokenizer import BEGIN, END, token_id, write_tokenizer
 
-_FILE = "language.safetensors"
+SCHOOLED, SCENES = "language.safetensors", "scenes.safetensors"
 _POINTING = 2  # heads that look at what a question has named
 
 
@@ -148,7 +148,8 @@ class LanguageStage:
         self._noise.set_state(state["noise"])
 
     def finish(self, folder: Path) -> None:
-        save_schooled(folder / _FILE, self.network, self.scenes)
+        save_model(self.network, str(folder / SCHOOLED))
+        save_model(self.scenes, str(folder / SCENES))
 
 
 def build_config(shape: Shape, folder: Path) -> tuple[dict[str, Any], LlavaMiniConfig]:
@@ -165,26 +166,16 @@ def build_config(shape: Shape, folder: Path) -> tuple[dict[str, Any], LlavaMiniC
     return raw, LlavaMiniConfig.parse(raw, vision)
 
 
-def save_schooled(path: Path, network: Network, scenes: SceneTokens) -> None:
-    save_file(
-        {
-            **{f"network.{name}": tensor.cpu().contiguous() for name, tensor in _own(network).items()},
-            **{f"scenes.{name}": tensor.cpu().contiguous() for name, tensor in scenes.state_dict().items()},
-        },
-        path,
-    )
+def load_network(shape: Shape, folder: Path, name: str) -> Network:
+    """Build a network of a shape, and load what a stage has saved under a name in `folder`."""
+    _, config = build_config(shape, folder)
+    network = Network(config)
+    load_model(network, folder / name)
+    return network
 
 
-def load_schooled(path: Path, network: Network, scenes: SceneTokens) -> None:
-    tensors = load_file(path)
-    parts: dict[str, dict[str, Tensor]] = {"network": {}, "scenes": {}}
-    for name, tensor in tensors.items():
-        part, _, rest = name.partition(".")
-        parts[part][rest] = tensor
-    network.load_state_dict(parts["network"], strict=False)  # tied names are stored once
-    scenes.load_state_dict(parts["scenes"])
-
-
-def _own(network: Network) -> dict[str, Tensor]:
-    """Every tensor once: the embedding is shared with the language model."""
-    return {name: one for name, one in network.state_dict().items() if not name.startswith("language.embed_tokens")}
+def load_scenes(shape: Shape, folder: Path) -> SceneTokens:
+    """Load the frame tokens made of facts that the language model has learned from."""
+    scenes = SceneTokens(Codes.blank(shape.width))
+    load_model(scenes, folder / SCENES)
+    return scenes

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, PositiveInt
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
@@ -150,6 +150,12 @@ class Network(nn.Module):
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
         (folder / "model.safetensors").chmod(0o644)
         (folder / "config.json").write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
+
+    def load(self, folder: Path) -> None:
+        """Take the weights that `write` wrote."""
+        stored = load_file(folder / "model.safetensors")
+        for prefix, module in self.parts().items():
+            module.load_state_dict({n.removeprefix(prefix): t for n, t in stored.items() if n.startswith(prefix)})
 
 
 def initialise(network: Network, tokenizer: PreTrainedTokenizerFast, random: torch.Generator) -> Codes:

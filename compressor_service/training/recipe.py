@@ -1,15 +1,19 @@
 """The recipe: which stages, in which order, with which settings."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors.torch import save_model
 
-from compressor_service.training.alignment import AlignmentSettings, AlignmentStage
-from compressor_service.training.language import LanguageSettings, LanguageStage
+from compressor_service.llava_mini.checkpoint import BadCheckpoint, open_checkpoint, read_json
+from compressor_service.training.alignment import ALIGNED, AlignmentSettings, AlignmentStage
+from compressor_service.training.language import LanguageSettings, LanguageStage, build_config
+from compressor_service.training.network import Network
 from compressor_service.training.progress import Progress
 from compressor_service.training.run_folder import CannotTrain
 from compressor_service.training.runner import StagePlan, run
@@ -17,6 +21,7 @@ from compressor_service.training.tower import TowerSettings, TowerStage
 from compressor_service.training.tuning import TuningSettings, TuningStage
 
 _SHORTEST = 2  # steps of a stage
+_RECIPE = "recipe.json"
 
 
 class Recipe(BaseModel):
@@ -32,9 +37,12 @@ class Recipe(BaseModel):
     language: LanguageSettings = LanguageSettings()
     alignment: AlignmentSettings = AlignmentSettings()
     tuning: TuningSettings = TuningSettings()
+    start: dict[str, Any] | None = Field(
+        default=None, description="The recipe of the checkpoint that is tuned further; None trains from nothing."
+    )
 
     @classmethod
-    def of(cls, *, seed: int, device: str, scale: float) -> Self:
+    def of(cls, *, seed: int, device: str, scale: float, start: dict[str, Any] | None = None) -> Self:
         """Return the recipe with `scale` times its steps."""
         whole = cls()
 
@@ -56,6 +64,7 @@ class Recipe(BaseModel):
                     "clips": max(_SHORTEST, round(whole.tuning.clips * min(scale, 1))),
                     "long_clips": round(whole.tuning.long_clips * min(scale, 1)),
                 },
+                "start": start,
             }
         )
 
@@ -70,6 +79,44 @@ def plans(recipe: Recipe) -> list[StagePlan]:
     ]
 
 
+def further_plans(recipe: Recipe, checkpoint: Path) -> list[StagePlan]:
+    """Return what is left to a model that has been trained: its tuning."""
+
+    def make(folder: Path) -> TuningStage:
+        if not (folder / ALIGNED).exists():
+            _take_up(checkpoint, folder, recipe)
+        return TuningStage(recipe.tuning, folder)
+
+    return [StagePlan("tuning", make)]
+
+
+def _take_up(checkpoint: Path, folder: Path, recipe: Recipe) -> None:
+    """Put a checkpoint where the stage before tuning would have written; CannotTrain if it is of another kind."""
+    shutil.copytree(checkpoint / "clip", folder / "clip", dirs_exist_ok=True)
+    ours, config = build_config(recipe.tuning.shape, folder)
+    theirs = read_json(checkpoint, "config.json")
+    differing = [
+        f"{name} is {theirs.get(name)}, not {value}" for name, value in ours.items() if theirs.get(name) != value
+    ]
+    if differing:
+        raise CannotTrain(f"{checkpoint} is no model of this recipe: {'; '.join(differing)}")
+    network = Network(config)
+    network.load(checkpoint)
+    save_model(network, str(folder / ALIGNED))
+
+
+def _recipe_of(checkpoint: Path) -> dict[str, Any]:
+    """Return what a checkpoint was trained with. Raises CannotTrain if it was not trained by a recipe."""
+    try:
+        open_checkpoint(checkpoint)
+    except BadCheckpoint as error:
+        raise CannotTrain(str(error)) from error
+    if not (checkpoint / _RECIPE).exists() or not (checkpoint / "clip").exists():
+        raise CannotTrain(f"{checkpoint} was not made by `tokenline train`: there is no {_RECIPE} or no clip in it")
+    found: dict[str, Any] = json.loads((checkpoint / _RECIPE).read_text())
+    return found
+
+
 def train(
     folder: Path,
     *,
@@ -78,21 +125,22 @@ def train(
     scale: float,
     workers: int,
     threads: int | None,
+    start: Path | None = None,
     on_progress: Callable[[Progress], None],
     on_note: Callable[[str], None],
 ) -> None:
     """Train a model in `folder`; its checkpoint is then in `folder`/checkpoint, and the recipe and curves beside it.
 
-    Raises CannotTrain and Stopped.
+    From nothing, or only the last stage from the checkpoint `start`. Raises CannotTrain and Stopped.
     """
     if threads is not None:
         torch.set_num_threads(threads)
     if device == "cuda" and not torch.cuda.is_available():
         raise CannotTrain("torch sees no GPU here: give --device cpu or auto")
     chosen = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    recipe = Recipe.of(seed=seed, device=chosen, scale=scale)
+    recipe = Recipe.of(seed=seed, device=chosen, scale=scale, start=None if start is None else _recipe_of(start))
     run(
-        plans(recipe),
+        plans(recipe) if start is None else further_plans(recipe, start),
         folder,
         recipe=recipe,
         seed=seed,
@@ -101,6 +149,6 @@ def train(
         on_note=on_note,
     )
     checkpoint = folder / "checkpoint"
-    shutil.copy2(folder / "recipe.json", checkpoint)
+    shutil.copy2(folder / _RECIPE, checkpoint)
     if (folder / "curves").exists():
         shutil.copytree(folder / "curves", checkpoint / "curves", dirs_exist_ok=True)

@@ -13,13 +13,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from compressor_service.training.alignment import PictureBatches, answer_pictures, load_network, only_questions
+from compressor_service.training.alignment import ALIGNED, PictureBatches, answer_pictures, only_questions
 from compressor_service.training.answering import Answered, answer
 from compressor_service.training.descent import Descent, Rates, half_precision
 from compressor_service.training.examples import Texts, Writer
 from compressor_service.training.eyes import Eyes
 from compressor_service.training.gallery import Gallery
-from compressor_service.training.language import build_config
+from compressor_service.training.language import build_config, load_network
 from compressor_service.training.look_ups import MADE
 from compressor_service.training.network import Shape
 from compressor_service.training.questions import CLIP_FAMILIES, LONG_TEXTS, Asked, Story, ask_clip
@@ -68,7 +68,7 @@ class TuningStage:
         tokenizer = write_tokenizer(folder)
         self._writer = Writer(tokenizer)
         self._eyes = Eyes(folder, self._device)
-        self.network, _ = load_network(settings.shape, folder, "aligned.safetensors")
+        self.network = load_network(settings.shape, folder, ALIGNED)
         self.network.to(self._device)
         self._raw, _ = build_config(settings.shape, folder)
         self._gallery = Gallery(

@@ -30,12 +30,13 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from compressor_service.training.alignment import load_network, only_questions
+from compressor_service.training.alignment import only_questions
 from compressor_service.training.answering import Answered, answer
 from compressor_service.training.descent import Descent, Rates, frozen, half_precision
 from compressor_service.training.draw import Camera, Picture, draw, jpeg_round
 from compressor_service.training.examples import Texts, Writer
 from compressor_service.training.eyes import Eyes
+from compressor_service.training.language import SCHOOLED, load_network
 from compressor_service.training.network import Network, Shape, fit_to_features
 from compressor_service.training.pictures import draw_pictures
 from compressor_service.training.progress import Display
@@ -59,7 +60,6 @@ Vision = Literal["patches", "token", "fused"]
 Group = Literal["pictures", "clips"]
 
 JUDGED = "judged.json"
-SCHOOLED = "language.safetensors"  # the language model, as the stage `language` leaves it
 PICTURES, CLIPS = 24, 5  # in a step: of either, by turns
 QUESTIONS = 5
 SLOTS = (4, 8)
@@ -149,10 +149,10 @@ class SideBySide:
 
     def _learner(self, vision: Vision, folder: Path) -> Learner:
         if self.name == "tuning":
-            network, _ = load_network(Shape(), self._run, SCHOOLED)
+            network = load_network(Shape(), self._run, SCHOOLED)
             network.load_state_dict(torch.load(folder / _aligned(vision), weights_only=True))
             return Learner(vision, network, TUNING, self.steps)
-        network, _ = load_network(Shape(), self._run, SCHOOLED)
+        network = load_network(Shape(), self._run, SCHOOLED)
         fit_to_features(network, self._eyes.features(self.batch(0).pictures).flatten(0, 1))
         frozen(network.language.parameters())
         return Learner(vision, network, ALIGNMENT, self.steps)
