@@ -138,17 +138,21 @@ def _direction(random: Random, story: Story) -> tuple[str, str] | None:
 
 
 def _order(random: Random, story: Story) -> tuple[str, str] | None:
-    pair = _pair(random, story)
-    if pair is None:
+    """What came right before or right after an event; of the first and the last it is now and then nothing."""
+    told, after = story.told, random.random() < 0.5
+    edge = len(told) - 1 if after else 0
+    alone = random.random() < 0.2
+    fitting = [number for number, one in enumerate(told) if told.count(one) == 1 and (number == edge) == alone]
+    if not fitting:
         return None
-    early, late = words.told(pair[0]), words.told(pair[1])
-    answer = bool(random.integers(2))
-    if random.random() < 0.5:
-        question = one_of(random, "When was it that {0}: before or after {1}?", "Was it before or after {1} that {0}?")
-        return question.format(*((early, late) if answer else (late, early))), "before" if answer else "after"
-    one, other, when = (early, late, "before") if random.random() < 0.5 else (late, early, "after")
-    question = one_of(random, "Is it true that {0} {2} {1}?", "Was it so that {0} {2} {1}?")
-    return question.format(*((one, other) if answer else (other, one)), when), yes(answer)
+    number = any_of(random, fitting)
+    if after:
+        question = one_of(
+            random, "What happened right after {0}?", "What came right after {0}?", "What came next after {0}?"
+        )
+    else:
+        question = one_of(random, "What happened right before {0}?", "What came right before {0}?")
+    return question.format(told[number]), words.NOTHING if alone else told[number + (1 if after else -1)]
 
 
 def _first(random: Random, story: Story) -> tuple[str, str] | None:
