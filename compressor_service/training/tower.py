@@ -264,6 +264,7 @@ class TowerStage:
         clip_tokenizer().save_pretrained(target)
         tensors = {name: one.detach().to("cpu", torch.float16).clone() for name, one in self.model.state_dict().items()}
         save_file(tensors, target / "model.safetensors", {"format": "pt"})
+        (target / "model.safetensors").chmod(0o644)
 
     def _rate(self, number: int) -> float:
         """The part of the full rates at a step: it rises, stays, and falls to zero."""
