@@ -2,22 +2,21 @@
 
     python -m tests.benchmarks.bench_tokens [RUN] [--seeds 0 1 2] [--scenes 400] [--alignment 1000] [--tuning 3000]
 
-RUN (runs/yard) is a folder of `tokenline train` whose stages `tower` and `language` are done. From there three models
-learn side by side, from the same pictures, clips of 4 to 8 s and questions, in the same order, in as many steps with
-the same rates: `patches` puts all 49 projected patches of a picture before the language model, `token` the projected
-compressed token alone, `fused` (LLaVA-Mini) the frame token that pre-fusion makes. As in the paper the language model
-stands still at first (`alignment`) and then learns, too (`tuning`). It was schooled on one vector a frame, before all
-three.
+RUN is a folder of `tokenline train` whose stages `tower` and `language` are done; without one it is `schooled` beside
+this file, which holds what these stages of the embedded model left. From there three models learn side by side, from
+the same pictures, clips of 4 to 8 s and questions, in the same order, in as many steps with the same rates: `patches`
+puts all 49 projected patches of a picture before the language model, `token` the projected compressed token alone,
+`fused` (LLaVA-Mini) the frame token that pre-fusion makes. As in the paper the language model stands still at first
+(`alignment`) and then learns, too (`tuning`). It was schooled on one vector a frame, before all three.
 
 `accuracy` is over one question of every family to each of the test scenes of every seed, `low` to `high` its 95 %
 interval over scenes, `seeds` the accuracy of each seed. `ratio` is the accuracy against that of `patches`. A seed takes
-an hour or two on one core, and is kept in RUN: the same command goes on after a stop.
+an hour or two on one core, and is kept in runs/one-token-SEED: the same command goes on after a stop.
 """
 
 import argparse
 import json
 import math
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -208,7 +207,7 @@ def _aligned(vision: Vision) -> str:
 
 def judge(trained: Path, settings: Settings) -> list[Judged]:
     """Let the three learn and examine them, or go on with that."""
-    folder = trained / f"one-token-{settings.seed}"
+    folder = Path("runs") / f"one-token-{settings.seed}"
     plans = [
         StagePlan("alignment", lambda folder: SideBySide(settings, trained, folder, "alignment"), settings.alignment),
         StagePlan("tuning", lambda folder: SideBySide(settings, trained, folder, "tuning"), settings.tuning),
@@ -259,15 +258,12 @@ def _ask(random: np.random.Generator, scene: View | Story, family: str) -> Asked
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("run", type=Path, nargs="?", default=Path("runs/yard"))
+    parser.add_argument("run", type=Path, nargs="?", default=Path(__file__).parent / "schooled")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--scenes", type=int, default=400)
     parser.add_argument("--alignment", type=int, default=1000)
     parser.add_argument("--tuning", type=int, default=3000)
     options = parser.parse_args()
-    if not (options.run / SCHOOLED).exists():
-        print(f"left out: {options.run} holds no trained language model", file=sys.stderr)
-        return
     rights: defaultdict[tuple[Group, Vision], dict[int, list[tuple[str, bool]]]] = defaultdict(dict)
     for seed in options.seeds:
         settings = Settings(seed=seed, alignment=options.alignment, tuning=options.tuning, scenes=options.scenes)
