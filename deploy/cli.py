@@ -45,7 +45,7 @@ from deploy.client import (
     Video,
     VideoFailed,
 )
-from deploy.local import CannotServe, run
+from deploy.local import EMBEDDED_MODEL, CannotServe, run
 from deploy.settings import PREFIX, Settings
 from deploy.times import BadTime, parse_duration, parse_moment, parse_position
 
@@ -436,7 +436,9 @@ class Evaluate(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    checkpoint: str = Field(description="Local folder or hub name of the model.")
+    checkpoint: str | None = Field(
+        default=None, description="Local folder or hub name of the model; else the embedded one."
+    )
     seed: NonNegativeInt = Field(default=0, description="Another one asks about other scenes.")
     scenes: PositiveInt = Field(default=200, description="Pictures, and as many clips.")
     long: bool = Field(default=False, description="Ask about clips of 2 to 5 minutes, too.")
@@ -454,7 +456,8 @@ class Evaluate(BaseModel):
         from ingest.sample_camera import SampleCameraFailed
 
         try:
-            report = evaluate(Wanted.model_validate(self.model_dump(exclude={"json_"})))
+            asked = self.model_dump(exclude={"json_", "checkpoint"})
+            report = evaluate(Wanted(checkpoint=self.checkpoint or str(EMBEDDED_MODEL), **asked))
         except (BadCheckpoint, CameraFailed, SampleCameraFailed) as error:
             display.print_error(str(error))
             raise SystemExit(1) from error

@@ -9,15 +9,15 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from ipaddress import ip_address
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+import compressor_service
 from deploy.settings import Settings
 
 if TYPE_CHECKING:  # Ray is imported when it is started, not for every command
     from ray.serve.schema import ApplicationStatusOverview
 
-EMBEDDED_MODEL = "untrained-model"
+EMBEDDED_MODEL = Path(compressor_service.__file__).parent / "checkpoints" / "tokenline-yard"
 EMBEDDED_MODEL_DTYPE = "float32"  # a small model is quickest so on a CPU, and its tokens need little room anyway
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -70,20 +70,11 @@ def check_model(checkpoint: str) -> None:
 
 
 def with_embedded_model(settings: Settings) -> Settings:
-    """Name the small embedded model if no other is named; it is written to the data folder."""
+    """Name the small embedded model if no other is named."""
     if settings.model.checkpoint is not None:
         return settings
-    from compressor_service.untrained import write_untrained_checkpoint
-
-    folder = settings.store.data_dir.resolve() / EMBEDDED_MODEL
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=folder.parent) as unfinished:  # an interrupted start must not leave half a model
-            write_untrained_checkpoint(Path(unfinished) / EMBEDDED_MODEL).rename(folder)
-    model = settings.model.model_copy(
-        update={"checkpoint": str(folder), "dtype": settings.model.dtype or EMBEDDED_MODEL_DTYPE}
-    )
-    return settings.model_copy(update={"model": model})
+    named = {"checkpoint": str(EMBEDDED_MODEL), "dtype": settings.model.dtype or EMBEDDED_MODEL_DTYPE}
+    return settings.model_copy(update={"model": settings.model.model_copy(update=named)})
 
 
 def with_local_defaults(settings: Settings, redis_url: str) -> Settings:

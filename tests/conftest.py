@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from compressor_service.untrained import write_untrained_checkpoint
 from store.connection import EmbeddedRedis, StoreRedis, connect
+from tests.untrained import write_untrained_checkpoint
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from tests.untrained import write_untrained_checkpoint
+
 ROOT = Path(__file__).parent.parent
 PATIENCE_S, STOP_S = 120, 60
 
@@ -28,8 +30,17 @@ class RunningService:
 
 @contextmanager
 def running_service(folder: Path, settings: Mapping[str, str] | None = None) -> Iterator[RunningService]:
-    """Run `tokenline run` on a free port, with loopback cameras allowed, until the block ends."""
+    """Run `tokenline run` on a free port, with loopback cameras allowed, until the block ends.
+
+    Its model is the untrained one: it says something to whatever is seen, and as much as is asked for.
+    """
     data_dir, output = folder / "data", folder / "output.txt"
+    model = write_untrained_checkpoint(folder / "untrained-model")
+    settings = {
+        "TOKENLINE_MODEL__CHECKPOINT": str(model),
+        "TOKENLINE_MODEL__DTYPE": "float32",
+        **(settings or {}),
+    }
     with output.open("w") as file:
         process = start_service(data_dir, file, settings)
     try:

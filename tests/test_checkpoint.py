@@ -12,8 +12,8 @@ from transformers import AutoTokenizer, CLIPModel
 from compressor_service.llava_mini import BadCheckpoint, LlavaMini
 from compressor_service.llava_mini.checkpoint import describe, open_checkpoint
 from compressor_service.llava_mini.quantized import QuantizationUnavailable
-from compressor_service.untrained import write_untrained_checkpoint
 from tests.reference import make_checkpoint
+from tests.untrained import write_untrained_checkpoint
 
 HAS_8BIT = find_spec("bitsandbytes") is not None
 

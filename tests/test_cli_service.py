@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import uvicorn
 
-from compressor_service.untrained import write_untrained_checkpoint
 from deploy.cli import run_command
 from deploy.client import Answer, Cited, Client, Completed, Created, Delta, Question, Range, Video
 from deploy.sample_clip import write_sample_clip
@@ -24,6 +23,7 @@ from store.connection import connect
 from store.gaps import Gap
 from store.sources import VideoStatus
 from tests.qa_parts import Parts, open_parts
+from tests.untrained import write_untrained_checkpoint
 
 DEADLINE_S = 60
 

@@ -15,7 +15,6 @@ from compressor_service.facts import BadPicture, SearchUnavailable
 from compressor_service.llava_mini import LlavaMini
 from compressor_service.preprocess import pixels
 from compressor_service.settings import CompressorSettings
-from compressor_service.untrained import write_untrained_checkpoint
 from compressor_service.writer import FrameWriter
 from ingest.frame import Frame, Receipt
 from store.counters import Counters
@@ -24,6 +23,7 @@ from store.keyframes import Keyframes
 from store.leases import Leases
 from store.timeline import FrameNotKept, Timeline
 from tests.reference import make_checkpoint
+from tests.untrained import write_untrained_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, LlamaConfig
 
 from compressor_service.llava_mini import BadCheckpoint
 from compressor_service.llava_mini.prompt import SYSTEM_TEXT, ControlTokenInQuestion, Prompt
-from compressor_service.untrained import write_untrained_checkpoint
+from tests.untrained import write_untrained_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -96,7 +96,7 @@ def events_of(response: httpx.Response) -> Iterator[tuple[str, Any]]:
 
 def offline(service: RunningService, question: str, pictures: list[bytes], tokens: int) -> tuple[str, int]:
     """Answer from the pictures alone, with the whole model in this process."""
-    folder = service.data_dir / "untrained-model"
+    folder = service.data_dir.parent / "untrained-model"
     model, prompt = LlavaMini.from_pretrained(folder), Prompt.from_pretrained(folder)
     ids = torch.tensor([prompt.build(question)])
     size, ratio = model.config.image_size, model.config.resolution_ratio

@@ -14,7 +14,7 @@ from compressor_service.training.tower import (
     search_quality,
     token_ids,
 )
-from compressor_service.untrained import write_untrained_checkpoint
+from tests.untrained import write_untrained_checkpoint
 
 _TINY = TowerSettings(
     steps=12, pictures=8, captions=8, warm_up=2, width=32, layers=2, heads=2, inner=64, space=16, text_width=32,

@@ -38,7 +38,7 @@ class AlignmentSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     seed: NonNegativeInt = 0
-    steps: PositiveInt = 2400
+    steps: PositiveInt = 2000
     pictures: PositiveInt = 64
     questions: PositiveInt = Field(default=1, description="To each picture.")
     films: NonNegativeInt = Field(default=1, description="Clips in a batch whose pictures come out of a real film.")

@@ -73,9 +73,9 @@ def plans(recipe: Recipe) -> list[StagePlan]:
     """Return the stages in their order; weights are about the seconds of each on two cores."""
     return [
         StagePlan("tower", lambda folder: TowerStage(recipe.tower), weight=2400),
-        StagePlan("language", lambda folder: LanguageStage(recipe.language, folder), weight=5400),
-        StagePlan("alignment", lambda folder: AlignmentStage(recipe.alignment, folder), weight=2000),
-        StagePlan("tuning", lambda folder: TuningStage(recipe.tuning, folder), weight=1500),
+        StagePlan("language", lambda folder: LanguageStage(recipe.language, folder), weight=4800),
+        StagePlan("alignment", lambda folder: AlignmentStage(recipe.alignment, folder), weight=2700),
+        StagePlan("tuning", lambda folder: TuningStage(recipe.tuning, folder), weight=2400),
     ]
 
 

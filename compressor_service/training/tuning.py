@@ -34,7 +34,7 @@ class TuningSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     seed: NonNegativeInt = 0
-    steps: PositiveInt = 2000
+    steps: PositiveInt = 1800
     pictures: PositiveInt = 32
     questions: PositiveInt = Field(default=8, description="To each picture.")
     clip_share: NonNegativeFloat = Field(default=0.6, le=1)

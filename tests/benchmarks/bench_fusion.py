@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from compressor_service.llava_mini import LlavaMini
 from compressor_service.llava_mini.prompt import Prompt
 from compressor_service.preprocess import pixels
-from compressor_service.untrained import write_untrained_checkpoint
 from qa_service.selection import stratified
 from tests.benchmarks.film import film
+from tests.untrained import write_untrained_checkpoint
 
 SAMPLES = (1, 2, 4, 8, 16, 32, 64)
 QUESTIONS = (
@@ -56,7 +56,7 @@ def main() -> None:
     for count, (relative, against_blind) in zip(SAMPLES, np.mean(found, axis=0), strict=True):
         row = {
             "benchmark": "sampled text fusion",
-            "case": f"K = {count} of {options.frames} frames, embedded model, untrained",
+            "case": f"K = {count} of {options.frames} frames, small model, untrained",
             "ratio": against_blind,
             "against": "the error of text fusion none",
             "relative_error": relative,

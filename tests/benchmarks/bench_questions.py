@@ -1,6 +1,6 @@
 """The second question about a range, answered from the timeline, against looking at every frame again.
 
-    python -m tests.benchmarks.bench_questions [--models embedded larger] [--frames 60 600 3600] [--repeats 3]
+    python -m tests.benchmarks.bench_questions [--models small larger] [--frames 60 600 3600] [--repeats 3]
 
 Both sides have the same weights, process, threads and pictures, and write as many tokens. Ours is the answerer as it is
 served, citations included, on a real Redis and keyframe folder; the first question about the range is not counted. The
@@ -28,7 +28,6 @@ from torch import Tensor
 from compressor_service.encoder import Encoder
 from compressor_service.llava_mini import LlavaMini
 from compressor_service.llava_mini.prompt import Prompt
-from compressor_service.untrained import write_untrained_checkpoint
 from qa_service.answerer import Answerer
 from qa_service.schemas import Answer, Question
 from qa_service.settings import QASettings
@@ -38,6 +37,7 @@ from store.timeline import Entry
 from tests.benchmarks.film import film
 from tests.benchmarks.larger_model import write_larger_checkpoint
 from tests.qa_parts import Parts, open_parts
+from tests.untrained import write_untrained_checkpoint
 
 OUTPUT_TOKENS = 32
 CHUNK = 600  # frames of one write
@@ -55,7 +55,7 @@ class Model:
 
 
 MODELS = {
-    "embedded": Model("embedded model, untrained, 49 patches", write_untrained_checkpoint, 600, 3600),
+    "small": Model("small seeded model, untrained, 49 patches", write_untrained_checkpoint, 600, 3600),
     "larger": Model("larger seeded model, untrained, 576 patches", write_larger_checkpoint, 60, 60),
 }
 

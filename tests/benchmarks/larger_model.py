@@ -1,4 +1,4 @@
-"""A seeded model with the published picture size, for what the small embedded one is too small to show."""
+"""A seeded model with the published picture size, for what the small one of the tests is too small to show."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM
 
-from compressor_service.untrained import write_untrained_checkpoint
+from tests.untrained import write_untrained_checkpoint
 
 _LARGER_LLAMA = {
     "hidden_size": 512,
