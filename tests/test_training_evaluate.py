@@ -238,12 +238,17 @@ def test_the_command_prints_one_json_object_and_nothing_else(checkpoint, capsys)
         (["--checkpoint", "x", "--seed", "-1"], 2, "seed"),
         (["--checkpoint", "x", "--dtype", "int8"], 2, "dtype"),
         (["--checkpoint", "x", "--device", "tpu"], 2, "device"),
-        ([], 2, "checkpoint"),
     ],
 )
 def test_what_cannot_be_evaluated_is_told_by_name(flags, code, words, capsys):
     assert run_command(["evaluate", *flags]) == code
     assert words in capsys.readouterr().err
+
+
+def test_without_a_checkpoint_the_embedded_model_is_evaluated(capsys):
+    flags = ["--scenes", "1", "--search-seconds", "0", "--device", "cpu", "--json"]
+    assert run_command(["evaluate", *flags]) == 0
+    assert json.loads(capsys.readouterr().out)["checkpoint"].endswith("tokenline-yard")
 
 
 def test_a_folder_without_a_model_is_told(tmp_path, capsys):
