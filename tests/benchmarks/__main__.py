@@ -59,7 +59,8 @@ def keep(measured: list[dict[str, object]]) -> list[dict[str, object]]:
     (HERE / "RESULTS.md").write_text(
         "# Measurements\n\n"
         "Ratios are this project's cost over the other's in the same run on the same machine: below 1 is cheaper.\n"
-        "`make bench` measures again. Without a GPU absolute times are left out: they say more about the machine.\n\n"
+        "`make bench` measures again. Without a GPU absolute times are left out, but for the embedded model that is "
+        "made for a CPU.\n\n"
         f"{table(rows)}"
     )
     return rows
