@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from rich.progress import Progress
@@ -61,14 +61,14 @@ def _show(settings: Settings, folder: Path) -> None:
         judged = settings.model.checkpoint is None  # another model sees a drawn yard, and may call it what it likes
         started = datetime.now(UTC)
         stream = client.create_stream(NewStream(name="yard", url=camera.url), wait_s=10)
+        seen_until = datetime.now(UTC) + timedelta(seconds=LIVE_SECONDS)  # whatever else takes its time
         with video_progress() as progress:
             video_id = _remember_clip(client, clip, progress)
             _wait_for_camera(client, stream.id, started, progress)
-        now = datetime.now(UTC)
         wrong = [
             asked.question
             for asked, source, about in (
-                *_of_the_camera(stream.id, started, now),
+                *_of_the_camera(stream.id, started, seen_until),
                 *_of_the_file(video_id),
             )
             if not _answer(client, asked, source, about, judged)
@@ -82,7 +82,7 @@ def _show(settings: Settings, folder: Path) -> None:
 
 def _of_the_camera(stream_id: str, start: datetime, end: datetime) -> Iterable[tuple[Asked, Range, str]]:
     source = Range(source_id=stream_id, start=start, end=end)
-    return ((asked, source, "the camera, since it was registered") for asked in LIVE)
+    return ((asked, source, "the camera, its first seconds") for asked in LIVE)
 
 
 def _of_the_file(video_id: str) -> Iterable[tuple[Asked, Range, str]]:
