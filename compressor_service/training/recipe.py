@@ -1,6 +1,5 @@
 """The recipe: which stages, in which order, with which settings."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -107,14 +106,13 @@ def _take_up(checkpoint: Path, folder: Path, recipe: Recipe) -> None:
 
 def _recipe_of(checkpoint: Path) -> dict[str, Any]:
     """Return what a checkpoint was trained with. Raises CannotTrain if it was not trained by a recipe."""
-    try:
-        open_checkpoint(checkpoint)
-    except BadCheckpoint as error:
-        raise CannotTrain(str(error)) from error
     if not (checkpoint / _RECIPE).exists() or not (checkpoint / "clip").exists():
         raise CannotTrain(f"{checkpoint} was not made by `tokenline train`: there is no {_RECIPE} or no clip in it")
-    found: dict[str, Any] = json.loads((checkpoint / _RECIPE).read_text())
-    return found
+    try:
+        open_checkpoint(checkpoint)
+        return read_json(checkpoint, _RECIPE)
+    except BadCheckpoint as error:
+        raise CannotTrain(str(error)) from error
 
 
 def train(
