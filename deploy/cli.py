@@ -401,7 +401,7 @@ class Train(BaseModel):
     workers: NonNegativeInt = Field(default=1, description="Processes that draw batches ahead.")
     threads: PositiveInt | None = Field(default=None, description="CPU cores to learn with; else all.")
     start: Path | None = Field(
-        default=None, description="A checkpoint that was trained so, to be tuned further; else from nothing."
+        default=None, description="A checkpoint that was trained so, to go on from; else from nothing."
     )
 
     def cli_cmd(self) -> None:

@@ -1,4 +1,4 @@
-"""The recipe: its settings, what it refuses before anything is trained, and how a trained model is tuned further."""
+"""The recipe: its settings, what it refuses before anything is trained, and how a trained model goes on."""
 
 import json
 import shutil
@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_model
 
-from compressor_service.training.language import build_config
+from compressor_service.training.language import SCENES, SCHOOLED, LanguageSettings, build_config, load_network
 from compressor_service.training.network import Network, Shape, initialise
-from compressor_service.training.recipe import Recipe, further_plans, train
+from compressor_service.training.recipe import Further, Recipe, train
 from compressor_service.training.run_folder import CannotTrain
 from compressor_service.training.runner import run
+from compressor_service.training.scene_tokens import SceneTokens
 from compressor_service.training.tokenizer import write_tokenizer
 from compressor_service.training.tower import TowerSettings, TowerStage
 from compressor_service.training.tuning import TuningSettings
@@ -32,8 +33,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     TowerStage(TOWER).finish(folder)
     raw, config = build_config(SHAPE, folder)
     network = Network(config)
-    initialise(network, write_tokenizer(folder), torch.Generator().manual_seed(4))
+    codes = initialise(network, write_tokenizer(folder), torch.Generator().manual_seed(4))
     network.write(folder, raw)
+    save_model(SceneTokens(codes), str(folder / SCENES))
     (folder / "recipe.json").write_text(json.dumps({"seed": 7}))
     return folder
 
@@ -45,7 +47,7 @@ def settings(**changed: Any) -> dict[str, Any]:
 
 
 def test_a_scaled_recipe_keeps_everything_but_its_steps_and_never_less_than_two_of_them() -> None:
-    whole, tiny = (Recipe.of(seed=3, device="cpu", scale=scale) for scale in (1, 1e-9))
+    whole, tiny = (Recipe().scaled(seed=3, device="cpu", scale=scale) for scale in (1, 1e-9))
     assert whole.language.steps > 1000
     assert tiny.language.steps == tiny.tower.steps == 2
     assert tiny.language.model_dump(exclude={"steps"}) == whole.language.model_dump(exclude={"steps"})
@@ -59,26 +61,42 @@ def test_a_gpu_that_is_not_there_is_refused_before_anything_is_written(tmp_path:
     assert not (tmp_path / "run").exists()
 
 
-def test_a_trained_model_is_tuned_further_from_its_own_weights_and_its_recipe_is_kept(
-    checkpoint: Path, tmp_path: Path
-) -> None:
-    tuning = TuningSettings(steps=2, pictures=2, questions=1, clip_share=0, clips=2, long_clips=0, shape=SHAPE)
-    recipe = Recipe(tuning=tuning, start={"seed": 7})
-    run(further_plans(recipe, checkpoint), tmp_path / "run", recipe=recipe, seed=0)
+def test_a_trained_model_goes_on_from_its_own_weights_and_its_recipe_is_kept(checkpoint: Path, tmp_path: Path) -> None:
+    recipe = Further(
+        language=LanguageSettings(steps=2, rows=64, longest=32, shape=SHAPE),
+        tuning=TuningSettings(steps=2, pictures=2, questions=1, clip_share=0, clips=2, long_clips=0, shape=SHAPE),
+        start={"seed": 7},
+    )
+    run(recipe.plans(checkpoint), tmp_path / "run", recipe=recipe, seed=0)
     before, after = (load_file(one / "model.safetensors") for one in (checkpoint, tmp_path / "run" / "checkpoint"))
     assert before.keys() == after.keys()
     moved = [(after[name].float() - before[name].float()).abs().max() for name in before]
-    assert 0 < max(moved) < 0.1  # two steps away, and no further
+    assert 0 < max(moved) < 0.1  # four steps away, and no further
     assert json.loads((tmp_path / "run" / "recipe.json").read_text())["recipe"]["start"] == {"seed": 7}
+    assert (tmp_path / "run" / "checkpoint" / SCENES).read_bytes() == (checkpoint / SCENES).read_bytes()
 
 
-def test_a_model_of_another_shape_is_not_tuned_and_the_difference_is_named(checkpoint: Path, tmp_path: Path) -> None:
+def test_words_and_what_frame_tokens_are_made_of_stay_when_a_language_model_goes_on(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    settings = LanguageSettings(steps=3, rows=64, longest=32, shape=SHAPE)
+    recipe = Further(language=settings, start={})
+    [language, _] = recipe.plans(checkpoint)
+    run([language], tmp_path / "run", recipe=recipe, seed=0)
+    network = load_network(SHAPE, tmp_path / "run", SCHOOLED)
+    stored = load_file(checkpoint / "model.safetensors")
+    assert torch.equal(network.embed.weight, stored["model.embed_tokens.weight"].float())
+    assert torch.equal(network.projector[0].weight, stored["model.mm_projector.0.weight"].float())
+    assert not torch.equal(network.language.lm_head.weight, stored["lm_head.weight"].float())
+
+
+def test_a_model_of_another_shape_does_not_go_on_and_the_difference_is_named(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(CannotTrain, match="hidden_size is 64, not 256"):
         train(tmp_path / "run", **settings(start=checkpoint))
 
 
-@pytest.mark.parametrize("missing", ["recipe.json", "config.json", "clip"])
-def test_what_no_training_made_is_not_tuned(checkpoint: Path, tmp_path: Path, missing: str) -> None:
+@pytest.mark.parametrize("missing", ["recipe.json", "config.json", "scenes.safetensors", "clip"])
+def test_what_no_training_made_does_not_go_on(checkpoint: Path, tmp_path: Path, missing: str) -> None:
     broken = shutil.copytree(checkpoint, tmp_path / "broken")
     shutil.rmtree(broken / missing) if missing == "clip" else (broken / missing).unlink()
     with pytest.raises(CannotTrain, match=missing):

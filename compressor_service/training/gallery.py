@@ -28,6 +28,7 @@ class Gallery:
         self._starts = np.cumsum([0, *lengths])
         self._film_share, self._seed = film_share, seed
         self.lengths = np.array(lengths)
+        self.events = np.array([len(clip.events) for clip in self._clips])  # how many happen in each
         self._features = self._look(path, eyes)
 
     def __len__(self) -> int:

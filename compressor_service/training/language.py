@@ -18,7 +18,7 @@ from transformers import CLIPConfig, CLIPVisionConfig
 from compressor_service.llava_mini.checkpoint import read_json
 from compressor_service.llava_mini.config import LlavaMiniConfig
 from compressor_service.training.answering import answer
-from compressor_service.training.descent import Descent, Rates, half_precision
+from compressor_service.training.descent import Descent, Rates, frozen, half_precision
 from compressor_service.training.examples import IGNORED, Facts, Texts, Writer
 from compressor_service.training.lessons import Lesson, Lessons
 from compressor_service.training.look_ups import MADE
@@ -30,6 +30,7 @@ from compressor_service.training.scene_tokens import Codes, SceneTokens
 from compressor_service.training.tokenizer import BEGIN, END, token_id, write_tokenizer
 
 SCHOOLED, SCENES = "language.safetensors", "scenes.safetensors"
+TRAINED = "trained.safetensors"  # a whole network that goes on learning
 _POINTING = 2  # heads that look at what a question has named
 
 
@@ -58,12 +59,16 @@ class LanguageBatch(NamedTuple):
 
 
 class LanguageStage:
-    """Trains the language model on frame tokens that are made of facts; `folder` holds the tower's clip."""
+    """Trains the language model on frame tokens that are made of facts; `folder` holds the tower's clip.
+
+    `further` takes up a network whose pictures already make such tokens: these and the words stay as they are, for
+    compression and pre-fusion have learned to write them.
+    """
 
     name = "language"
     prefetch = False  # what is asked depends on what was answered
 
-    def __init__(self, settings: LanguageSettings, folder: Path) -> None:
+    def __init__(self, settings: LanguageSettings, folder: Path, *, further: bool = False) -> None:
         self.settings = settings
         self.steps = settings.steps
         self._device = torch.device(settings.device)
@@ -73,13 +78,22 @@ class LanguageStage:
         self.raw, config = build_config(settings.shape, folder)
         with torch.random.fork_rng():
             torch.manual_seed(settings.seed)
-            self.network = Network(config)
-            self.scenes = SceneTokens(initialise(self.network, self._tokenizer, random))
+            if further:
+                self.network, self.scenes = (
+                    load_network(settings.shape, folder, TRAINED),
+                    load_scenes(settings.shape, folder),
+                )
+                frozen([*self.scenes.parameters(), *self.network.embed.parameters()])
+            else:
+                self.network = Network(config)
+                self.scenes = SceneTokens(initialise(self.network, self._tokenizer, random))
             self.retelling = Retelling(config.width)
         self.network.to(self._device)
         self.scenes.to(self._device)
         self.retelling.to(self._device)
-        self._lessons = Lessons(clip_share=settings.clip_share, rows=settings.rows, longest=settings.longest)
+        self._lessons = Lessons(
+            clip_share=settings.clip_share, rows=settings.rows, longest=settings.longest, open_all=further
+        )
         modules = self.network.language, self.scenes, self.retelling
         trained = [named for module in modules for named in module.named_parameters()]
         self._descent = Descent(trained, settings.rates, steps=settings.steps, made=MADE)

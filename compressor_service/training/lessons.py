@@ -24,6 +24,7 @@ _ROWS_OF_QUESTION = {False: 15, True: 30}  # about, by whether texts are long
 _IN_PICTURE = {False: 4, True: 2}  # few questions: many scenes are better, and rows of text cost most
 _IN_CLIP = {False: 7, True: 4}
 _USUAL_LONGEST, _LONG_SHARE = 64, 0.15
+_EVENTFUL = 3  # clips are drawn for one that is asked about at length, once all is open: what few events ask is known
 _ATTEMPTS = 12  # to find a scene or a question, before others are drawn
 
 Scene = TypeVar("Scene")
@@ -41,12 +42,15 @@ class Lesson:
 class Lessons:
     """Draws lessons, and keeps what was learned of which family."""
 
-    def __init__(self, *, clip_share: float, rows: int, longest: int) -> None:
-        """`rows` is about how many rows of text and frames a lesson has; clips reach `longest` slots in the end."""
+    def __init__(self, *, clip_share: float, rows: int, longest: int, open_all: bool = False) -> None:
+        """`rows` is about how many rows of text and frames a lesson has; clips reach `longest` slots in the end.
+
+        `open_all` asks everything from the first lesson on: of one who has learned before.
+        """
         self._clip_share, self._rows, self._longest = clip_share, rows, longest
-        self._pictures = Curriculum(PICTURE_ORDER, opened=_OPEN_PICTURES, bar=_BAR)
-        self._clips = Curriculum(CLIP_ORDER, opened=_OPEN_CLIPS, bar=_BAR)
-        self._with_clips = False
+        self._pictures = Curriculum(PICTURE_ORDER, opened=None if open_all else _OPEN_PICTURES, bar=_BAR)
+        self._clips = Curriculum(CLIP_ORDER, opened=None if open_all else _OPEN_CLIPS, bar=_BAR)
+        self._with_clips = open_all
 
     def draw(self, random: np.random.Generator) -> Lesson:
         if self._with_clips and random.random() < self._clip_share:
@@ -72,7 +76,7 @@ class Lessons:
         self._with_clips = state["with_clips"]
 
     def _draw_pictures(self, random: np.random.Generator) -> Lesson:
-        group = _Group.draw(random, self._pictures)
+        group = Group.draw(random, self._pictures)
         count = _IN_PICTURE[group.long]
         scenes, asked = [], []
         for _ in range(max(1, self._rows // (count * _ROWS_OF_QUESTION[group.long]))):
@@ -82,11 +86,13 @@ class Lessons:
         return Lesson(tuple(scenes), tuple(asked))
 
     def _draw_clips(self, random: np.random.Generator) -> Lesson:
-        group = _Group.draw(random, self._clips)
+        group = Group.draw(random, self._clips)
         count, slots = _IN_CLIP[group.long], draw_slots(random, 4, self._longest_now(random))
 
         def draw_story(random: np.random.Generator) -> Story:
-            return Story.of(draw_clip(random, slots=slots, phase_s=float(random.random())))
+            many = _EVENTFUL if group.long and self._clips.complete else 1
+            clips = (draw_clip(random, slots=slots, phase_s=float(random.random())) for _ in range(many))
+            return Story.of(max(clips, key=lambda clip: len(clip.events)))
 
         scenes, asked = [], []
         for _ in range(max(2, self._rows // (slots + count * _ROWS_OF_QUESTION[group.long]))):
@@ -104,7 +110,7 @@ class Lessons:
 
 
 @dataclass(frozen=True, slots=True)
-class _Group:
+class Group:
     """Families whose texts are all short or all long, so that short ones need not be padded to long ones."""
 
     families: tuple[str, ...]
@@ -112,7 +118,7 @@ class _Group:
     long: bool
 
     @classmethod
-    def draw(cls, random: np.random.Generator, curriculum: Curriculum) -> "_Group":
+    def draw(cls, random: np.random.Generator, curriculum: Curriculum) -> "Group":
         shares = curriculum.shares()
         are_long = np.array([family in LONG_TEXTS for family in curriculum.families])
         long = bool(random.random() < shares[are_long].sum())
@@ -123,7 +129,7 @@ class _Group:
 
 def _find(
     random: np.random.Generator,
-    group: _Group,
+    group: Group,
     count: int,
     draw: Callable[[np.random.Generator], Scene],
     ask: Callable[[np.random.Generator, Scene, str], Asked | None],

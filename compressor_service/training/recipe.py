@@ -3,16 +3,17 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import save_model
 
 from compressor_service.llava_mini.checkpoint import BadCheckpoint, open_checkpoint, read_json
-from compressor_service.training.alignment import ALIGNED, AlignmentSettings, AlignmentStage
-from compressor_service.training.language import LanguageSettings, LanguageStage, build_config
-from compressor_service.training.network import Network
+from compressor_service.training.alignment import AlignmentSettings, AlignmentStage
+from compressor_service.training.descent import Rates
+from compressor_service.training.language import SCENES, TRAINED, LanguageSettings, LanguageStage, build_config
+from compressor_service.training.network import Network, Shape
 from compressor_service.training.progress import Progress
 from compressor_service.training.run_folder import CannotTrain
 from compressor_service.training.runner import StagePlan, run
@@ -24,7 +25,7 @@ _RECIPE = "recipe.json"
 
 
 class Recipe(BaseModel):
-    """Everything that a trained model depends on, beside the code.
+    """Everything that a model depends on, beside the code.
 
     The tower and the language model take the place of the CLIP model and the Vicuna that the paper starts from;
     alignment and tuning are its two stages.
@@ -36,63 +37,78 @@ class Recipe(BaseModel):
     language: LanguageSettings = LanguageSettings()
     alignment: AlignmentSettings = AlignmentSettings()
     tuning: TuningSettings = TuningSettings()
-    start: dict[str, Any] | None = Field(
-        default=None, description="The recipe of the checkpoint that is tuned further; None trains from nothing."
-    )
 
-    @classmethod
-    def of(cls, *, seed: int, device: str, scale: float, start: dict[str, Any] | None = None) -> Self:
-        """Return the recipe with `scale` times its steps."""
-        whole = cls()
-
-        def changed(settings: BaseModel, steps: int) -> dict[str, object]:
-            return {
-                **settings.model_dump(),
-                "seed": seed,
-                "device": device,
-                "steps": max(_SHORTEST, round(steps * scale)),
-            }
-
-        return cls.model_validate(
-            {
-                "tower": changed(whole.tower, whole.tower.steps),
-                "language": changed(whole.language, whole.language.steps),
-                "alignment": changed(whole.alignment, whole.alignment.steps),
-                "tuning": {
-                    **changed(whole.tuning, whole.tuning.steps),
-                    "clips": max(_SHORTEST, round(whole.tuning.clips * min(scale, 1))),
-                    "long_clips": round(whole.tuning.long_clips * min(scale, 1)),
-                },
-                "start": start,
-            }
+    def scaled(self, *, seed: int, device: str, scale: float) -> Self:
+        """Return this recipe with `scale` times its steps."""
+        return type(self)(
+            tower=_scaled(self.tower, seed, device, scale),
+            language=_scaled(self.language, seed, device, scale),
+            alignment=_scaled(self.alignment, seed, device, scale),
+            tuning=_scaled(self.tuning, seed, device, scale),
         )
 
-
-def plans(recipe: Recipe) -> list[StagePlan]:
-    """Return the stages in their order; weights are about the seconds of each on two cores."""
-    return [
-        StagePlan("tower", lambda folder: TowerStage(recipe.tower), weight=2400),
-        StagePlan("language", lambda folder: LanguageStage(recipe.language, folder), weight=4800),
-        StagePlan("alignment", lambda folder: AlignmentStage(recipe.alignment, folder), weight=2700),
-        StagePlan("tuning", lambda folder: TuningStage(recipe.tuning, folder), weight=2400),
-    ]
-
-
-def further_plans(recipe: Recipe, checkpoint: Path) -> list[StagePlan]:
-    """Return what is left to a model that has been trained: its tuning."""
-
-    def make(folder: Path) -> TuningStage:
-        if not (folder / ALIGNED).exists():
-            _take_up(checkpoint, folder, recipe)
-        return TuningStage(recipe.tuning, folder)
-
-    return [StagePlan("tuning", make)]
+    def plans(self) -> list[StagePlan]:
+        """Return the stages in their order; weights are about the seconds of each on two cores."""
+        return [
+            StagePlan("tower", lambda folder: TowerStage(self.tower), weight=2400),
+            StagePlan("language", lambda folder: LanguageStage(self.language, folder), weight=4800),
+            StagePlan("alignment", lambda folder: AlignmentStage(self.alignment, folder), weight=2700),
+            StagePlan("tuning", lambda folder: TuningStage(self.tuning, folder), weight=2400),
+        ]
 
 
-def _take_up(checkpoint: Path, folder: Path, recipe: Recipe) -> None:
-    """Put a checkpoint where the stage before tuning would have written; CannotTrain if it is of another kind."""
+class Further(BaseModel):
+    """How a trained model goes on: its language model learns more, and then all but the tower from fresh scenes.
+
+    Pictures already make the frame tokens that facts would, so there is nothing to align.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    language: LanguageSettings = LanguageSettings(
+        steps=3600, clip_share=0.85, noise=(0.2, 0.2), rates=Rates(matrices=0.0025, others=4e-4, made=2.5e-4)
+    )
+    tuning: TuningSettings = TuningSettings(clips=6120, long_clips=120)
+    start: dict[str, Any] = Field(description="The recipe of the model that goes on.")
+
+    def scaled(self, *, seed: int, device: str, scale: float) -> Self:
+        """Return this recipe with `scale` times its steps."""
+        return type(self)(
+            language=_scaled(self.language, seed, device, scale),
+            tuning=_scaled(self.tuning, seed, device, scale),
+            start=self.start,
+        )
+
+    def plans(self, checkpoint: Path) -> list[StagePlan]:
+        """Return the stages in their order; weights are about the seconds of each on two cores."""
+
+        def make_language(folder: Path) -> LanguageStage:
+            if not (folder / TRAINED).exists():
+                _take_up(checkpoint, folder, self.language.shape)
+            return LanguageStage(self.language, folder, further=True)
+
+        return [
+            StagePlan("language", make_language, weight=2400),
+            StagePlan("tuning", lambda folder: TuningStage(self.tuning, folder, further=True), weight=2400),
+        ]
+
+
+SettingsT = TypeVar("SettingsT", TowerSettings, LanguageSettings, AlignmentSettings, TuningSettings)
+
+
+def _scaled(settings: SettingsT, seed: int, device: str, scale: float) -> SettingsT:
+    changed: dict[str, Any] = {"seed": seed, "device": device, "steps": max(_SHORTEST, round(settings.steps * scale))}
+    if isinstance(settings, TuningSettings):
+        changed["clips"] = max(_SHORTEST, round(settings.clips * min(scale, 1)))
+        changed["long_clips"] = round(settings.long_clips * min(scale, 1))
+    return settings.model_copy(update=changed)
+
+
+def _take_up(checkpoint: Path, folder: Path, shape: Shape) -> None:
+    """Put a checkpoint where stages look for what those before have written; CannotTrain if it is of another kind."""
     shutil.copytree(checkpoint / "clip", folder / "clip", dirs_exist_ok=True)
-    ours, config = build_config(recipe.tuning.shape, folder)
+    shutil.copy2(checkpoint / SCENES, folder)
+    ours, config = build_config(shape, folder)
     theirs = read_json(checkpoint, "config.json")
     differing = [
         f"{name} is {theirs.get(name)}, not {value}" for name, value in ours.items() if theirs.get(name) != value
@@ -101,13 +117,16 @@ def _take_up(checkpoint: Path, folder: Path, recipe: Recipe) -> None:
         raise CannotTrain(f"{checkpoint} is no model of this recipe: {'; '.join(differing)}")
     network = Network(config)
     network.load(checkpoint)
-    save_model(network, str(folder / ALIGNED))
+    save_model(network, str(folder / TRAINED))
 
 
 def _recipe_of(checkpoint: Path) -> dict[str, Any]:
     """Return what a checkpoint was trained with. Raises CannotTrain if it was not trained by a recipe."""
-    if not (checkpoint / _RECIPE).exists() or not (checkpoint / "clip").exists():
-        raise CannotTrain(f"{checkpoint} was not made by `tokenline train`: there is no {_RECIPE} or no clip in it")
+    missing = [name for name in (_RECIPE, SCENES, "clip") if not (checkpoint / name).exists()]
+    if missing:
+        raise CannotTrain(
+            f"{checkpoint} was not made by `tokenline train`: there is no {' and no '.join(missing)} in it"
+        )
     try:
         open_checkpoint(checkpoint)
         return read_json(checkpoint, _RECIPE)
@@ -129,16 +148,22 @@ def train(
 ) -> None:
     """Train a model in `folder`; its checkpoint is then in `folder`/checkpoint, and the recipe and curves beside it.
 
-    From nothing, or only the last stage from the checkpoint `start`. Raises CannotTrain and Stopped.
+    From nothing, or further from the checkpoint `start`. Raises CannotTrain and Stopped.
     """
     if threads is not None:
         torch.set_num_threads(threads)
     if device == "cuda" and not torch.cuda.is_available():
         raise CannotTrain("torch sees no GPU here: give --device cpu or auto")
     chosen = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    recipe = Recipe.of(seed=seed, device=chosen, scale=scale, start=None if start is None else _recipe_of(start))
+    recipe: Recipe | Further
+    if start is None:
+        recipe = Recipe().scaled(seed=seed, device=chosen, scale=scale)
+        plans = recipe.plans()
+    else:
+        recipe = Further(start=_recipe_of(start)).scaled(seed=seed, device=chosen, scale=scale)
+        plans = recipe.plans(start)
     run(
-        plans(recipe) if start is None else further_plans(recipe, start),
+        plans,
         folder,
         recipe=recipe,
         seed=seed,

@@ -5,6 +5,7 @@ text; the others are read as tokens alone.
 """
 
 import shutil
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,17 +16,20 @@ from torch import Tensor
 
 from compressor_service.training.alignment import ALIGNED, PictureBatches, answer_pictures, only_questions
 from compressor_service.training.answering import Answered, answer
+from compressor_service.training.curriculum import Curriculum
 from compressor_service.training.descent import Descent, Rates, half_precision
 from compressor_service.training.examples import Texts, Writer
 from compressor_service.training.eyes import Eyes
 from compressor_service.training.gallery import Gallery
-from compressor_service.training.language import build_config, load_network
+from compressor_service.training.language import SCENES, SCHOOLED, build_config, load_network
+from compressor_service.training.lessons import Group
 from compressor_service.training.look_ups import MADE
 from compressor_service.training.network import Shape
-from compressor_service.training.questions import CLIP_FAMILIES, LONG_TEXTS, Asked, Story, ask_clip
+from compressor_service.training.questions import CLIP_FAMILIES, Asked, Story, ask_clip
 from compressor_service.training.tokenizer import write_tokenizer
 
 _FUSED_FRAMES = (1, 2, 3, 4)
+_EVENTFUL = 2  # the power of 1 + a clip's events, with which it is drawn for what is told at length
 _ROWS_OF_QUESTION = {False: 15, True: 30}
 _QUESTIONS = {False: 12, True: 6}
 
@@ -52,23 +56,27 @@ class ClipBatch(NamedTuple):
     """Numbers (B,) of clips of one length in the gallery, and n questions to each."""
 
     numbers: list[int]
+    asked: tuple[tuple[Asked, ...], ...]
     texts: Texts
 
 
 class TuningStage:
-    """Trains the whole but the tower; `folder` holds what alignment wrote."""
+    """Trains the whole but the tower; `folder` holds what the stage before has written.
+
+    That is alignment; if it goes `further`, a language model that has learned more since.
+    """
 
     name = "tuning"
     prefetch = False
 
-    def __init__(self, settings: TuningSettings, folder: Path) -> None:
+    def __init__(self, settings: TuningSettings, folder: Path, *, further: bool = False) -> None:
         self.settings = settings
         self.steps = settings.steps
         self._device = torch.device(settings.device)
         tokenizer = write_tokenizer(folder)
         self._writer = Writer(tokenizer)
         self._eyes = Eyes(folder, self._device)
-        self.network = load_network(settings.shape, folder, ALIGNED)
+        self.network = load_network(settings.shape, folder, SCHOOLED if further else ALIGNED)
         self.network.to(self._device)
         self._raw, _ = build_config(settings.shape, folder)
         self._gallery = Gallery(
@@ -80,6 +88,9 @@ class TuningStage:
             film_share=settings.film_share,
         )
         self._stories: dict[int, Story] = {}
+        self._known = Curriculum(tuple(CLIP_FAMILIES), bar=1)
+        eventful = (1.0 + self._gallery.events) ** _EVENTFUL
+        self._chances = {False: np.ones(len(eventful)), True: eventful}
         self._pictures = PictureBatches(settings.seed, settings.pictures, settings.questions, 0, 0, tokenizer)
         self._before = torch.tensor(self._writer.before, device=self._device)
         made = tuple(f"language.{prefix}" for prefix in MADE)
@@ -96,6 +107,8 @@ class TuningStage:
         with half_precision(self._device):
             if isinstance(batch, ClipBatch):
                 kind, answered = "clips", self._answer_clips(random, batch)
+                for asked, right in zip(batch.asked, answered.right.tolist(), strict=True):
+                    self._known.learn((one.family, good) for one, good in zip(asked, right, strict=True))
             else:
                 features = self._eyes.features(batch.pictures)
                 kind = "pictures"
@@ -104,47 +117,50 @@ class TuningStage:
         return {kind: float(answered.loss.detach()), f"{kind}_right": float(answered.right.float().mean())}
 
     def state(self) -> dict[str, Any]:
-        return {"network": self.network.state_dict(), "descent": self._descent.state()}
+        return {
+            "network": self.network.state_dict(),
+            "descent": self._descent.state(),
+            "known": self._known.state(),
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         self.network.load_state_dict(state["network"])
         self._descent.restore(state["descent"])
+        self._known.restore(state["known"])
 
     def finish(self, folder: Path) -> None:
         checkpoint = folder / "checkpoint"
         self.network.write(checkpoint, self._raw)
         write_tokenizer(checkpoint)
+        shutil.copy2(folder / SCENES, checkpoint)
         shutil.copytree(folder / "clip", checkpoint / "clip", dirs_exist_ok=True)
 
     def _clips(self, random: np.random.Generator) -> ClipBatch:
-        slots = int(random.choice(self._gallery.lengths))
-        long = bool(random.random() < 0.45)
-        count = _QUESTIONS[long]
-        families = [family for family in CLIP_FAMILIES if (family in LONG_TEXTS) == long]
-        many = min(self.settings.rows // (slots + count * _ROWS_OF_QUESTION[long]), self.settings.most_frames // slots)
+        group = Group.draw(random, self._known)
+        chances = self._chances[group.long]
+        slots = int(random.choice(self._gallery.lengths, p=chances / chances.sum()))
+        count = _QUESTIONS[group.long]
+        rows = slots + count * _ROWS_OF_QUESTION[group.long]
+        many = max(1, min(self.settings.rows // rows, self.settings.most_frames // slots))
         alike = self._gallery.of_length(slots)
+        chances = chances[alike]
         numbers: list[int] = []
-        asked: list[list[Asked]] = []
-        for one in random.permutation(alike):
-            questions = self._ask(random, int(one), families, count)
+        asked: list[tuple[Asked, ...]] = []
+        for one in random.choice(alike, size=len(alike), replace=False, p=chances / chances.sum()):
+            questions = self._ask(random, int(one), group, count)
             if len(questions) == count:
                 numbers.append(int(one))
                 asked.append(questions)
-            if len(numbers) >= max(1, many):
+            if len(numbers) == many:
                 break
-        return ClipBatch(numbers, self._writer.write(asked))
+        return ClipBatch(numbers, tuple(asked), self._writer.write(asked))
 
-    def _ask(self, random: np.random.Generator, number: int, families: list[str], count: int) -> list[Asked]:
+    def _ask(self, random: np.random.Generator, number: int, group: Group, count: int) -> tuple[Asked, ...]:
         if number not in self._stories:
             self._stories[number] = self._gallery.story(number)
-        asked = []
-        for _ in range(20 * count):
-            one = ask_clip(random, self._stories[number], families[random.integers(len(families))])
-            if one is not None:
-                asked.append(one)
-            if len(asked) == count:
-                break
-        return asked
+        families = random.choice(group.families, size=20 * count, p=group.shares).tolist()
+        found = (ask_clip(random, self._stories[number], family) for family in families)
+        return tuple(islice((one for one in found if one is not None), count))
 
     def _answer_clips(self, random: np.random.Generator, batch: ClipBatch) -> Answered:
         texts = batch.texts.to(self._device)
