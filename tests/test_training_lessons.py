@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from compressor_service.training.lessons import CLIP_ORDER, PICTURE_ORDER, Lesson, Lessons
-from compressor_service.training.questions import CLIP_FAMILIES, PICTURE_FAMILIES
+from compressor_service.training.questions import CLIP_FAMILIES, LONG_TEXTS, PICTURE_FAMILIES
 
 
 def lessons_that_know(right: dict[str, float]) -> Lessons:
@@ -44,6 +44,20 @@ def test_a_family_that_is_not_known_is_asked_often_though_few_scenes_have_a_ques
     )
     assert asked["order"] > 2 * asked.total() / len(CLIP_ORDER)
     assert set(asked) == set(CLIP_ORDER)  # what is known is asked on, so that it stays known
+
+
+def test_what_is_told_at_length_is_asked_about_clips_in_which_more_happens():
+    happening: dict[bool, list[int]] = {True: [], False: []}
+    for lesson in drawn(lessons_that_know({}), 200):
+        happening[lesson.asked[0][0].family in LONG_TEXTS] += [len(clip.events) for clip in lesson.clips]
+    assert np.mean(happening[True]) > np.mean(happening[False]) + 0.4
+
+
+def test_one_who_has_learned_before_is_asked_everything_from_the_first_lesson_on():
+    lessons = Lessons(clip_share=0.8, rows=1024, longest=64, open_all=True)
+    everything = [lessons.draw(np.random.default_rng((3, number))) for number in range(120)]
+    asked = {one.family for lesson in everything for questions in lesson.asked for one in questions}
+    assert asked == {*PICTURE_ORDER, *CLIP_ORDER}
 
 
 def test_clips_come_when_pictures_are_known():

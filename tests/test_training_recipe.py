@@ -18,6 +18,7 @@ from compressor_service.training.scene_tokens import SceneTokens
 from compressor_service.training.tokenizer import write_tokenizer
 from compressor_service.training.tower import TowerSettings, TowerStage
 from compressor_service.training.tuning import TuningSettings
+from deploy.local import EMBEDDED_MODEL
 
 SHAPE = Shape(width=64, inner=96, heads=8, layers=2, prefusion_layers=2, context_rows=512)
 TOWER = TowerSettings(
@@ -88,6 +89,16 @@ def test_words_and_what_frame_tokens_are_made_of_stay_when_a_language_model_goes
     assert torch.equal(network.embed.weight, stored["model.embed_tokens.weight"].float())
     assert torch.equal(network.projector[0].weight, stored["model.mm_projector.0.weight"].float())
     assert not torch.equal(network.language.lm_head.weight, stored["lm_head.weight"].float())
+
+
+def test_the_embedded_model_goes_on_and_what_it_was_trained_with_is_kept_beside_it(tmp_path: Path) -> None:
+    train(tmp_path / "run", **settings(start=EMBEDDED_MODEL))
+    checkpoint = tmp_path / "run" / "checkpoint"
+    before = json.loads((EMBEDDED_MODEL / "recipe.json").read_text())
+    assert json.loads((checkpoint / "recipe.json").read_text())["recipe"]["start"] == before
+    curves = {path.name for path in (EMBEDDED_MODEL / "curves").glob("*.png")}
+    assert {path.name for path in (checkpoint / "curves" / "before").glob("*.png")} == curves
+    assert curves
 
 
 def test_a_model_of_another_shape_does_not_go_on_and_the_difference_is_named(checkpoint: Path, tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ class Further(BaseModel):
     language: LanguageSettings = LanguageSettings(
         steps=3600, clip_share=0.85, noise=(0.2, 0.2), rates=Rates(matrices=0.0025, others=4e-4, made=2.5e-4)
     )
-    tuning: TuningSettings = TuningSettings(clips=6120, long_clips=120)
+    tuning: TuningSettings = TuningSettings(clips=6120, long_clips=120, clip_share=0.7)
     start: dict[str, Any] = Field(description="The recipe of the model that goes on.")
 
     def scaled(self, *, seed: int, device: str, scale: float) -> Self:
@@ -175,3 +175,5 @@ def train(
     shutil.copy2(folder / _RECIPE, checkpoint)
     if (folder / "curves").exists():
         shutil.copytree(folder / "curves", checkpoint / "curves", dirs_exist_ok=True)
+    if start is not None and (start / "curves").exists():
+        shutil.copytree(start / "curves", checkpoint / "curves" / "before", dirs_exist_ok=True)
