@@ -8,12 +8,12 @@ from compressor_service.training.descent import Descent, Rates
 from compressor_service.training.examples import Facts, Writer
 from compressor_service.training.language import build_config
 from compressor_service.training.network import Network, Shape, initialise
-from compressor_service.training.packed import pass_alone
 from compressor_service.training.questions import Asked
 from compressor_service.training.scene import Clip, Event, Leg, Setting, Thing, draw_view
 from compressor_service.training.scene_tokens import ATTRIBUTES, SceneTokens
 from compressor_service.training.tokenizer import token_id, write_tokenizer
 from compressor_service.training.tower import TowerSettings, TowerStage
+from tests.layers import pass_alone
 
 DAY = Setting(street=True, night=False, rain=False, look=1)
 

@@ -19,11 +19,12 @@ from compressor_service.training.examples import Facts, Writer
 from compressor_service.training.eyes import Eyes
 from compressor_service.training.language import LanguageSettings, LanguageStage, build_config
 from compressor_service.training.network import Network, Shape, initialise
-from compressor_service.training.packed import look, pass_alone, pass_packed
+from compressor_service.training.packed import look, pass_packed
 from compressor_service.training.questions import Asked
 from compressor_service.training.scene import draw_view
 from compressor_service.training.tokenizer import write_tokenizer
 from compressor_service.training.tower import TowerSettings, TowerStage
+from tests.layers import pass_alone
 
 SHAPE = Shape(width=64, inner=96, heads=8, layers=2, prefusion_layers=2, context_rows=512)
 TOWER = TowerSettings(

@@ -17,7 +17,7 @@ from compressor_service.llava_mini.config import COMPRESSOR_HEADS, LlavaMiniConf
 from compressor_service.llava_mini.language import LanguageModel
 from compressor_service.llava_mini.prefusion import PreFusion
 from compressor_service.training.look_ups import make_look_ups
-from compressor_service.training.packed import pass_alone, pass_packed
+from compressor_service.training.packed import pass_packed
 from compressor_service.training.scene_tokens import Codes
 
 _WORD_STD = 0.03
@@ -118,7 +118,7 @@ class Network(nn.Module):
 
     def tokens(self, features: Tensor) -> Tensor:
         """Return the frame tokens (F, D) of frames' features (F, N, V)."""
-        return pass_alone(self.prefusion.layers, self.rotary, self.see(features))[:, -1]
+        return self.prefusion.look(self.see(features), tokens=1)[0][:, 0]
 
     def read(self, shared: Tensor, own: Tensor) -> Read:
         """Pass prompts (B, P, D) and n questions with their answers (B, n, L, D) through the language model."""

@@ -11,15 +11,6 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 
-def pass_alone(layers: Iterable[nn.Module], rotary: LlamaRotaryEmbedding, rows: Tensor) -> Tensor:
-    """Pass rows (B, P, D) through Llama layers, causally, with nothing behind them."""
-    turns = rotary(rows, position_ids=torch.arange(rows.shape[1], device=rows.device)[None])
-    for layer in cast(Iterable[LlamaDecoderLayer], layers):
-        rows = rows + _attend(layer, layer.input_layernorm(rows), turns, rows.shape[1], 0)
-        rows = rows + layer.mlp(layer.post_attention_layernorm(rows))
-    return rows
-
-
 def pass_packed(
     layers: Iterable[nn.Module], rotary: LlamaRotaryEmbedding, shared: Tensor, own: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -61,8 +52,6 @@ def _attend(layer: LlamaDecoderLayer, rows: Tensor, turns: tuple[Tensor, Tensor]
     values = _by_head(layer, attention.v_proj(rows)).to(rows.dtype)
     weights = _hide_later(queries[:, :, :first] @ keys[:, :, :first].mT, first).softmax(dim=-1)
     shared = weights @ values[:, :, :first]
-    if not count:
-        return attention.o_proj(shared.transpose(1, 2).flatten(2))
     weights = _own_scores(queries, keys, first, count).softmax(dim=-1)
     read = weights[..., :first] @ values[:, :, :first]
     own = torch.unflatten(weights[..., first:], 2, (count, -1)) @ torch.unflatten(values[:, :, first:], 2, (count, -1))
