@@ -56,6 +56,7 @@ class PictureBatch(NamedTuple):
 
     pictures: NDArray[np.uint8]
     facts: Facts
+    asked: list[tuple[Asked, ...]]
     texts: Texts
 
 
@@ -70,24 +71,25 @@ class PictureBatches:
     stories: int
     tokenizer: PreTrainedTokenizerFast
 
-    def __call__(self, number: int) -> PictureBatch:
+    def __call__(self, number: int, shares: NDArray[np.float64] | None = None) -> PictureBatch:
+        """`shares` is how often each family is asked, all as often if None."""
         random = np.random.default_rng((self.seed, number))
         views, _, pictures = draw_pictures(random, count=self.pictures, films=self.films)
-        asked = [_ask_many(random, view, self.questions) for view in views]
+        asked = [_ask_many(random, view, self.questions, shares) for view in views]
         if self.stories:
             stories = [_draw_story(random) for _ in range(self.stories)]
             asked = [(*row, _ask_about(random, stories[number % self.stories])) for number, row in enumerate(asked)]
-        return PictureBatch(
-            np.stack(pictures), Facts.of([(view,) for view in views]), Writer(self.tokenizer).write(asked)
-        )
+        facts = Facts.of([(view,) for view in views])
+        return PictureBatch(np.stack(pictures), facts, asked, Writer(self.tokenizer).write(asked))
 
 
-def _ask_many(random: np.random.Generator, view: View, count: int) -> tuple[Asked, ...]:
-    """Ask about a picture, every family as often as the others."""
+def _ask_many(
+    random: np.random.Generator, view: View, count: int, shares: NDArray[np.float64] | None
+) -> tuple[Asked, ...]:
     families = list(PICTURE_FAMILIES)
     asked: list[Asked] = []
     while len(asked) < count:
-        one = ask_picture(random, view, families[random.integers(len(families))])
+        one = ask_picture(random, view, str(random.choice(families, p=shares)))
         if one is not None:
             asked.append(one)
     return tuple(asked)

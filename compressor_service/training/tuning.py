@@ -25,7 +25,7 @@ from compressor_service.training.language import SCENES, SCHOOLED, build_config,
 from compressor_service.training.lessons import Group
 from compressor_service.training.look_ups import MADE
 from compressor_service.training.network import Shape
-from compressor_service.training.questions import CLIP_FAMILIES, Asked, Story, ask_clip
+from compressor_service.training.questions import CLIP_FAMILIES, PICTURE_FAMILIES, Asked, Story, ask_clip
 from compressor_service.training.tokenizer import write_tokenizer
 
 _FUSED_FRAMES = (1, 2)  # one or thirty make no difference to answers, and every one costs
@@ -88,7 +88,10 @@ class TuningStage:
             film_share=settings.film_share,
         )
         self._stories: dict[int, Story] = {}
-        self._known = Curriculum(tuple(CLIP_FAMILIES), bar=1)
+        self._known = {
+            "pictures": Curriculum(tuple(PICTURE_FAMILIES), bar=1),
+            "clips": Curriculum(tuple(CLIP_FAMILIES), bar=1),
+        }
         eventful = (1.0 + self._gallery.events) ** _EVENTFUL
         self._chances = {False: np.ones(len(eventful)), True: eventful}
         self._pictures = PictureBatches(settings.seed, settings.pictures, settings.questions, 0, 0, tokenizer)
@@ -99,7 +102,7 @@ class TuningStage:
     def batch(self, number: int) -> Any:
         random = np.random.default_rng((self.settings.seed, number, 2))
         if random.random() >= self.settings.clip_share:
-            return self._pictures(number)
+            return self._pictures(number, self._known["pictures"].shares())
         return self._clips(random)
 
     def step(self, number: int, batch: Any) -> dict[str, float]:
@@ -107,26 +110,27 @@ class TuningStage:
         with half_precision(self._device):
             if isinstance(batch, ClipBatch):
                 kind, answered = "clips", self._answer_clips(random, batch)
-                for asked, right in zip(batch.asked, answered.right.tolist(), strict=True):
-                    self._known.learn((one.family, good) for one, good in zip(asked, right, strict=True))
             else:
                 features = self._eyes.features(batch.pictures)
                 kind = "pictures"
                 _, _, answered = answer_pictures(self.network, features, self._before, batch.texts.to(self._device))
         self._descent.step(number, answered.loss)
+        for asked, right in zip(batch.asked, answered.right.tolist(), strict=True):
+            self._known[kind].learn((one.family, good) for one, good in zip(asked, right, strict=True))
         return {kind: float(answered.loss.detach()), f"{kind}_right": float(answered.right.float().mean())}
 
     def state(self) -> dict[str, Any]:
         return {
             "network": self.network.state_dict(),
             "descent": self._descent.state(),
-            "known": self._known.state(),
+            "known": {kind: known.state() for kind, known in self._known.items()},
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         self.network.load_state_dict(state["network"])
         self._descent.restore(state["descent"])
-        self._known.restore(state["known"])
+        for kind, known in self._known.items():
+            known.restore(state["known"][kind])
 
     def finish(self, folder: Path) -> None:
         checkpoint = folder / "checkpoint"
@@ -136,7 +140,7 @@ class TuningStage:
         shutil.copytree(folder / "clip", checkpoint / "clip", dirs_exist_ok=True)
 
     def _clips(self, random: np.random.Generator) -> ClipBatch:
-        group = Group.draw(random, self._known)
+        group = Group.draw(random, self._known["clips"])
         chances = self._chances[group.long]
         slots = int(random.choice(self._gallery.lengths, p=chances / chances.sum()))
         count = _QUESTIONS[group.long]
