@@ -146,6 +146,8 @@ def _ray(settings: Settings) -> Iterator[None]:
     # Ray reads these when it is imported and started: no usage statistics leave the machine, no log line is repeated.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    # Ray Serve kills an HTTP proxy that is not ready in 5 s, again and again; on a busy machine that is never.
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     import ray
 
     root = str(Path(__file__).parent.parent)
