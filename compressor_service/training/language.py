@@ -38,7 +38,7 @@ class LanguageSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     seed: NonNegativeInt = 0
-    steps: PositiveInt = 5500
+    steps: PositiveInt = 8000
     rows: PositiveInt = Field(default=3072, description="Rows of text and frames in a step, about.")
     clip_share: NonNegativeFloat = Field(default=0.65, le=1)
     longest: PositiveInt = Field(default=320, description="Slots of the longest clips.")

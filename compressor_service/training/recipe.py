@@ -51,7 +51,7 @@ class Recipe(BaseModel):
         """Return the stages in their order; weights are about the seconds of each on two cores."""
         return [
             StagePlan("tower", lambda folder: TowerStage(self.tower), weight=2400),
-            StagePlan("language", lambda folder: LanguageStage(self.language, folder), weight=4800),
+            StagePlan("language", lambda folder: LanguageStage(self.language, folder), weight=7200),
             StagePlan("alignment", lambda folder: AlignmentStage(self.alignment, folder), weight=2700),
             StagePlan("tuning", lambda folder: TuningStage(self.tuning, folder), weight=2400),
         ]
@@ -68,7 +68,7 @@ class Further(BaseModel):
     language: LanguageSettings = LanguageSettings(
         steps=3600, clip_share=0.85, noise=(0.2, 0.2), rates=Rates(matrices=0.0025, others=4e-4, made=2.5e-4)
     )
-    tuning: TuningSettings = TuningSettings(clips=6120, long_clips=120, clip_share=0.7)
+    tuning: TuningSettings = TuningSettings()
     start: dict[str, Any] = Field(description="The recipe of the model that goes on.")
 
     def scaled(self, *, seed: int, device: str, scale: float) -> Self:

@@ -41,11 +41,11 @@ class TuningSettings(BaseModel):
     steps: PositiveInt = 1800
     pictures: PositiveInt = 32
     questions: PositiveInt = Field(default=8, description="To each picture.")
-    clip_share: NonNegativeFloat = Field(default=0.6, le=1)
+    clip_share: NonNegativeFloat = Field(default=0.7, le=1)
     rows: PositiveInt = Field(default=1536, description="Rows of text and frames in a step with clips, about.")
     most_frames: PositiveInt = Field(default=256, description="Frames in a step with clips.")
-    clips: PositiveInt = 2040
-    long_clips: NonNegativeInt = 40
+    clips: PositiveInt = 6120
+    long_clips: NonNegativeInt = 120
     film_share: NonNegativeFloat = Field(default=0.15, description="Of the clips, to go through a real film.")
     rates: Rates = Rates(matrices=0.0015, others=3e-4, words=1e-4, made=1.5e-4)
     shape: Shape = Shape()
