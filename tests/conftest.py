@@ -1,5 +1,6 @@
 """Fixtures that more than one part's tests share."""
 
+import signal
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -7,6 +8,9 @@ import pytest
 
 from store.connection import EmbeddedRedis, StoreRedis, connect
 from tests.untrained import write_untrained_checkpoint
+
+# A shell lets what it starts in the background ignore Ctrl-C, and so do all processes started from there.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
