@@ -79,10 +79,8 @@ class LanguageStage:
         with torch.random.fork_rng():
             torch.manual_seed(settings.seed)
             if further:
-                self.network, self.scenes = (
-                    load_network(settings.shape, folder, TRAINED),
-                    load_scenes(settings.shape, folder),
-                )
+                self.network = load_network(settings.shape, folder, TRAINED)
+                self.scenes = load_scenes(settings.shape, folder)
                 frozen([*self.scenes.parameters(), *self.network.embed.parameters()])
             else:
                 self.network = Network(config)

@@ -24,7 +24,7 @@ _ROWS_OF_QUESTION = {False: 15, True: 30}  # about, by whether texts are long
 _IN_PICTURE = {False: 4, True: 2}  # few questions: many scenes are better, and rows of text cost most
 _IN_CLIP = {False: 7, True: 4}
 _USUAL_LONGEST, _LONG_SHARE = 64, 0.15
-_EVENTFUL = 3  # clips are drawn for one that is asked about at length, once all is open: what few events ask is known
+_EVENTFUL = 3  # clips are drawn, once all is open, for the one in which most happens: two events are soon told
 _ATTEMPTS = 12  # to find a scene or a question, before others are drawn
 
 Scene = TypeVar("Scene")
