@@ -124,6 +124,16 @@ def test_frame_tokens_in_training_are_those_of_the_service(folder, network, pict
     assert (trained - served).abs().max() < 0.05 * served.std()
 
 
+@torch.no_grad()
+def test_frame_tokens_are_nearly_the_same_where_matrices_are_multiplied_in_bfloat16(network):
+    features = torch.randn(5, 49, TOWER.width, generator=torch.Generator().manual_seed(6))
+    whole = network.tokens(features)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = network.tokens(features)
+    assert half.dtype == torch.bfloat16
+    assert (half.float() - whole).abs().max() < 0.1 * whole.std()
+
+
 def test_logits_in_training_are_those_of_the_service(folder, network, pictures):
     model, prompt = LlavaMini.from_pretrained(folder), Prompt.from_pretrained(folder)
     tower = torch.stack([as_served(one) for one in pictures])
