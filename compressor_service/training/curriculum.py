@@ -12,8 +12,8 @@ _MEMORY = 0.985  # of the running accuracy, a question
 class Curriculum:
     """Opens the next family when the open ones are answered right by `bar` at least, one with another."""
 
-    def __init__(self, families: Sequence[str], *, opened: int | None = None, bar: float) -> None:
-        """Open the first `opened` families; all if None."""
+    def __init__(self, families: Sequence[str], *, opened: int | None = None, bar: float = 1.0) -> None:
+        """Open the first `opened` families; all if None, and then there is no bar to pass."""
         self._families = tuple(families)
         self._bar = bar
         self._opened = len(self._families) if opened is None else opened

@@ -20,7 +20,7 @@ CLIP_ORDER = (
 _OPEN_PICTURES, _OPEN_CLIPS = 6, 4
 _BAR = 0.6
 _CLIPS_FROM = 0.87  # of the questions about pictures are answered right when the first clips are shown
-_ROWS_OF_QUESTION = {False: 15, True: 30}  # about, by whether texts are long
+ROWS_OF_QUESTION = {False: 15, True: 30}  # about, by whether texts are long
 _IN_PICTURE = {False: 4, True: 2}  # few questions: many scenes are better, and rows of text cost most
 _IN_CLIP = {False: 7, True: 4}
 _USUAL_LONGEST, _LONG_SHARE = 64, 0.15
@@ -79,7 +79,7 @@ class Lessons:
         group = Group.draw(random, self._pictures)
         count = _IN_PICTURE[group.long]
         scenes, asked = [], []
-        for _ in range(max(1, self._rows // (count * _ROWS_OF_QUESTION[group.long]))):
+        for _ in range(max(1, self._rows // (count * ROWS_OF_QUESTION[group.long]))):
             view, questions = _find(random, group, count, draw_view, ask_picture)
             scenes.append((view,))
             asked.append(questions)
@@ -95,7 +95,7 @@ class Lessons:
             return Story.of(max(clips, key=lambda clip: len(clip.events)))
 
         scenes, asked = [], []
-        for _ in range(max(2, self._rows // (slots + count * _ROWS_OF_QUESTION[group.long]))):
+        for _ in range(max(2, self._rows // (slots + count * ROWS_OF_QUESTION[group.long]))):
             story, questions = _find(random, group, count, draw_story, ask_clip)
             scenes.append(story)
             asked.append(questions)

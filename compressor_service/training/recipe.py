@@ -12,7 +12,14 @@ from safetensors.torch import save_model
 from compressor_service.llava_mini.checkpoint import BadCheckpoint, open_checkpoint, read_json
 from compressor_service.training.alignment import AlignmentSettings, AlignmentStage
 from compressor_service.training.descent import Rates
-from compressor_service.training.language import SCENES, TRAINED, LanguageSettings, LanguageStage, build_config
+from compressor_service.training.language import (
+    SCENES,
+    SCHOOLED,
+    TRAINED,
+    LanguageSettings,
+    LanguageStage,
+    build_config,
+)
 from compressor_service.training.network import Network, Shape
 from compressor_service.training.progress import Progress
 from compressor_service.training.run_folder import CannotTrain
@@ -89,7 +96,7 @@ class Further(BaseModel):
 
         return [
             StagePlan("language", make_language, weight=2400),
-            StagePlan("tuning", lambda folder: TuningStage(self.tuning, folder, further=True), weight=2400),
+            StagePlan("tuning", lambda folder: TuningStage(self.tuning, folder, start=SCHOOLED), weight=2400),
         ]
 
 

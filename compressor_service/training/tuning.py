@@ -21,8 +21,8 @@ from compressor_service.training.descent import Descent, Rates, half_precision
 from compressor_service.training.examples import Texts, Writer
 from compressor_service.training.eyes import Eyes
 from compressor_service.training.gallery import Gallery
-from compressor_service.training.language import SCENES, SCHOOLED, build_config, load_network
-from compressor_service.training.lessons import Group
+from compressor_service.training.language import SCENES, build_config, load_network
+from compressor_service.training.lessons import ROWS_OF_QUESTION, Group
 from compressor_service.training.look_ups import MADE
 from compressor_service.training.network import Shape
 from compressor_service.training.questions import CLIP_FAMILIES, PICTURE_FAMILIES, Asked, Story, ask_clip
@@ -30,7 +30,6 @@ from compressor_service.training.tokenizer import write_tokenizer
 
 _FUSED_FRAMES = (1, 2)  # one or thirty make no difference to answers, and every one costs
 _EVENTFUL = 2  # the power of 1 + a clip's events, with which it is drawn for what is told at length
-_ROWS_OF_QUESTION = {False: 15, True: 30}
 _QUESTIONS = {False: 12, True: 6}
 
 
@@ -61,22 +60,19 @@ class ClipBatch(NamedTuple):
 
 
 class TuningStage:
-    """Trains the whole but the tower; `folder` holds what the stage before has written.
-
-    That is alignment; if it goes `further`, a language model that has learned more since.
-    """
+    """Trains the whole but the tower; `folder` holds what the stages before have written, the network as `start`."""
 
     name = "tuning"
     prefetch = False
 
-    def __init__(self, settings: TuningSettings, folder: Path, *, further: bool = False) -> None:
+    def __init__(self, settings: TuningSettings, folder: Path, *, start: str = ALIGNED) -> None:
         self.settings = settings
         self.steps = settings.steps
         self._device = torch.device(settings.device)
         tokenizer = write_tokenizer(folder)
         self._writer = Writer(tokenizer)
         self._eyes = Eyes(folder, self._device)
-        self.network = load_network(settings.shape, folder, SCHOOLED if further else ALIGNED)
+        self.network = load_network(settings.shape, folder, start)
         self.network.to(self._device)
         self._raw, _ = build_config(settings.shape, folder)
         self._gallery = Gallery(
@@ -89,8 +85,8 @@ class TuningStage:
         )
         self._stories: dict[int, Story] = {}
         self._known = {
-            "pictures": Curriculum(tuple(PICTURE_FAMILIES), bar=1),
-            "clips": Curriculum(tuple(CLIP_FAMILIES), bar=1),
+            "pictures": Curriculum(tuple(PICTURE_FAMILIES)),
+            "clips": Curriculum(tuple(CLIP_FAMILIES)),
         }
         eventful = (1.0 + self._gallery.events) ** _EVENTFUL
         self._chances = {False: np.ones(len(eventful)), True: eventful}
@@ -144,7 +140,7 @@ class TuningStage:
         chances = self._chances[group.long]
         slots = int(random.choice(self._gallery.lengths, p=chances / chances.sum()))
         count = _QUESTIONS[group.long]
-        rows = slots + count * _ROWS_OF_QUESTION[group.long]
+        rows = slots + count * ROWS_OF_QUESTION[group.long]
         many = max(1, min(self.settings.rows // rows, self.settings.most_frames // slots))
         alike = self._gallery.of_length(slots)
         chances = chances[alike]
