@@ -113,3 +113,18 @@ def test_what_no_training_made_does_not_go_on(checkpoint: Path, tmp_path: Path, 
     with pytest.raises(CannotTrain, match=missing):
         train(tmp_path / "run", **settings(start=broken))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("damage", [b"junk", b""])
+def test_damaged_scene_tokens_are_named(tmp_path: Path, damage: bytes) -> None:
+    broken = shutil.copytree(EMBEDDED_MODEL, tmp_path / "broken")
+    (broken / SCENES).write_bytes(damage)
+    with pytest.raises(CannotTrain, match=f"{SCENES} is damaged"):
+        train(tmp_path / "run", **settings(start=broken))
+
+
+def test_scene_tokens_of_another_width_are_named(checkpoint: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(EMBEDDED_MODEL, tmp_path / "broken")
+    shutil.copy2(checkpoint / SCENES, broken)
+    with pytest.raises(CannotTrain, match=f"{SCENES} is damaged"):
+        train(tmp_path / "run", **settings(start=broken))

@@ -7,6 +7,7 @@ from typing import Any, Literal, Self, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
+from safetensors import SafetensorError
 from safetensors.torch import save_model
 
 from compressor_service.llava_mini.checkpoint import BadCheckpoint, open_checkpoint, read_json
@@ -19,6 +20,7 @@ from compressor_service.training.language import (
     LanguageSettings,
     LanguageStage,
     build_config,
+    load_scenes,
 )
 from compressor_service.training.network import Network, Shape
 from compressor_service.training.progress import Progress
@@ -122,9 +124,15 @@ def _take_up(checkpoint: Path, folder: Path, shape: Shape) -> None:
     ]
     if differing:
         raise CannotTrain(f"{checkpoint} is no model of this recipe: {'; '.join(differing)}")
+    try:
+        load_scenes(shape, folder)
+    except (SafetensorError, RuntimeError) as error:
+        raise CannotTrain(f"{checkpoint / SCENES} is damaged: {error}") from error
     network = Network(config)
     network.load(checkpoint)
-    save_model(network, str(folder / TRAINED))
+    unfinished = folder / f"{TRAINED}.new"
+    save_model(network, str(unfinished))
+    unfinished.replace(folder / TRAINED)
 
 
 def _recipe_of(checkpoint: Path) -> dict[str, Any]:
