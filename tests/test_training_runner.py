@@ -471,6 +471,16 @@ def test_a_stage_that_told_nothing_has_an_empty_picture(tmp_path):
     assert path.stat().st_size
 
 
+def test_where_there_is_no_curve_the_picture_stays_empty(tmp_path):
+    values = {name: 1.0 for name in ("a", "b", "c", "d", "e")}
+    [path] = draw_curves([Line(stage="first", step=1, seconds=1, values=values)], tmp_path)
+    with Image.open(path) as picture:
+        pixels = np.asarray(picture.convert("L"))
+    height, width = pixels.shape
+    assert pixels[height // 2 :, : width // 4].min() < 255
+    assert pixels[height // 2 + 20 :, width // 2 :].min() == 255
+
+
 def test_progress_counts_stages_and_steps_and_estimates_the_time_left(tmp_path):
     seen = []
     train(tmp_path, on_progress=seen.append)

@@ -33,13 +33,13 @@ def _draw(stage: str, lines: Sequence[Line], path: Path) -> Path:
     size_inches = columns * _PANEL_INCHES[0], rows * _PANEL_INCHES[1]
     figure = Figure(figsize=size_inches, layout="constrained")
     figure.suptitle(f"{stage}, {lines[-1].step} steps, {lines[-1].seconds / 3600:.2f} h since the beginning")
-    panels = figure.subplots(rows, columns, squeeze=False).flat
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for name, panel in zip(names, panels, strict=False):
         points = [(line.step, line.values[name]) for line in lines if name in line.values]
         panel.plot(*zip(*points, strict=True), linewidth=1)
         panel.set_title(name, fontsize="medium")
         panel.grid(alpha=0.3)
-    for panel in list(panels)[len(names) :]:
+    for panel in panels[len(names) :]:
         panel.set_axis_off()
     figure.savefig(path, dpi=100)
     return path
