@@ -17,12 +17,21 @@ from ray.serve.config import AutoscalingConfig
 from compressor_service.facts import ModelFacts
 from compressor_service.service import CompressorService
 from deploy.desk import StoreDesk
-from deploy.remote import Handle, RemoteCompressor, RemoteMoments, RemoteQuestions, plain_errors
+from deploy.remote import (
+    Handle,
+    RemoteCameras,
+    RemoteCompressor,
+    RemoteMoments,
+    RemoteQuestions,
+    plain_errors,
+)
 from deploy.settings import IngestScaling, LoadScaling, Scaling, ServeSettings, Settings
 from ingest.address import AddressPolicy, check_camera_url, check_download_url
 from ingest.address import BadUrl as BadAddress
 from ingest.archive import UnsupportedMedia as NoVideo
-from ingest.archive import probe
+from ingest.assignment import Camera
+from ingest.camera import CameraFacts
+from ingest.sandbox import Sandbox
 from qa_service.api import Services, build_api
 from qa_service.control import SourceControl
 from qa_service.coverage import RangeReader
@@ -52,6 +61,7 @@ APPLICATION = "tokenline"
 DTYPE: Final = "bfloat16"  # of the published weights
 PUBLISHED: Final = "ICTNLP/llava-mini-llama-3.1-8b"
 HEALTH_PERIOD_S = 5
+LOOKS_AT_ONCE = 4  # a process each, beside those of the cameras
 
 
 def model_note(facts: ModelFacts) -> str | None:
@@ -106,7 +116,7 @@ def _load_language(settings: Settings) -> "tuple[LlavaMini, Prompt]":
 
 
 class Ingest:
-    """Reads cameras and files for as long as the replica lives; nobody calls it."""
+    """Reads cameras and files for as long as the replica lives, and looks at cameras when asked."""
 
     async def __init__(self, settings: Settings, compressor: Handle) -> None:  # type: ignore[misc]
         from ingest.service import IngestService
@@ -118,6 +128,8 @@ class Ingest:
         uploads = settings.store.uploads_dir
         await asyncio.to_thread(uploads.mkdir, parents=True, exist_ok=True)
         self._service = IngestService(settings.ingest, self._desk, sink, uploads)
+        self._sandbox = Sandbox(settings.ingest)
+        self._looking = asyncio.Semaphore(LOOKS_AT_ONCE)
         await self._service.start()
 
     async def ping(self) -> None:
@@ -126,6 +138,11 @@ class Ingest:
 
     def check_health(self) -> None:
         self._service.check_health()
+
+    async def look(self, camera: Camera) -> CameraFacts:
+        """Look at what a camera sends. Raises CameraFault and BadUrl."""
+        async with self._looking:
+            return await asyncio.to_thread(self._sandbox.camera, camera)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         try:
@@ -228,7 +245,8 @@ class Gateway:
                 max_upload_bytes=settings.api.max_upload_bytes,
                 check_camera_url=addresses.camera,
                 check_download_url=addresses.download,
-                probe=_duration_s,
+                probe=_Files(Sandbox(settings.ingest)),
+                probe_camera=RemoteCameras(ingest),
             ),
             viewer=Viewer(reader, timeline, keyframes),
             finder=Finder(reader, remote, RemoteMoments(search)),
@@ -282,11 +300,17 @@ class _Addresses:
             raise BadUrl(str(error), param="url") from None
 
 
-def _duration_s(path: Path) -> float | None:
-    try:
-        return probe(path).duration_s
-    except NoVideo as error:
-        raise UnsupportedMedia(str(error), param="file") from None
+class _Files:
+    """The first look at an uploaded file, in the errors of the REST surface."""
+
+    def __init__(self, sandbox: Sandbox) -> None:
+        self._sandbox = sandbox
+
+    def __call__(self, path: Path) -> float | None:
+        try:
+            return self._sandbox.archive(path).duration_s
+        except NoVideo as error:
+            raise UnsupportedMedia(str(error), param="file") from None
 
 
 def _probes(

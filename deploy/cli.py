@@ -26,6 +26,7 @@ from deploy import display
 from deploy.client import (
     DEFAULT_URL,
     ApiError,
+    CameraAddress,
     Client,
     Completed,
     Delta,
@@ -88,15 +89,49 @@ class Demo(Settings):
         demo(self)
 
 
-class AddStream(Remote):
-    """Register a camera."""
+class Opening(Remote):
+    """A command that opens a camera."""
 
-    name: CliPositionalArg[str] = Field(description="A name of your choice.")
-    camera: CliPositionalArg[str] = Field(description="rtsp://host/path, without user name and password.")
     username: str | None = Field(default=None, description="User name at the camera.")
     password_stdin: bool = Field(default=False, description="Read the password from the first line of standard input.")
     password_env: str | None = Field(default=None, description="Take the password from this environment variable.")
     transport: Literal["tcp", "udp"] = Field(default="tcp", description="How the camera sends.")
+
+    def password(self) -> SecretStr | None:
+        """Return the password that the flags lead to. Raises UsageError."""
+        if self.password_stdin and self.password_env:
+            raise UsageError("--password-stdin and --password-env exclude each other")
+        if self.password_stdin:
+            return SecretStr(sys.stdin.readline().rstrip("\r\n"))
+        if self.password_env is None:
+            return None
+        if self.password_env not in os.environ:
+            raise UsageError(f"--password-env: there is no environment variable {self.password_env}")
+        return SecretStr(os.environ[self.password_env])
+
+
+class ProbeStream(Opening):
+    """Look at a camera without registering it."""
+
+    camera: CliPositionalArg[str] = Field(description="rtsp://host/path, without user name and password.")
+    snapshot: Path | None = Field(default=None, description="Write its first picture into this file, as JPEG.")
+
+    def cli_cmd(self) -> None:
+        address = CameraAddress(
+            url=self.camera, username=self.username, password=self.password(), transport=self.transport
+        )
+        with self.connect() as client:
+            seen = client.probe_stream(address)
+        if self.snapshot is not None:
+            self.snapshot.write_bytes(seen.snapshot_jpeg)
+        display.print_json(seen) if self.json_ else display.print_probe(seen)
+
+
+class AddStream(Opening):
+    """Register a camera."""
+
+    name: CliPositionalArg[str] = Field(description="A name of your choice.")
+    camera: CliPositionalArg[str] = Field(description="rtsp://host/path, without user name and password.")
     fps: float = Field(default=1.0, description="Frames remembered a second.")
     label: list[str] = Field(default=[], description="NAME=VALUE; may be repeated.")
     retention_hours: float | None = Field(default=None, description="How long its memory is kept.")
@@ -107,7 +142,7 @@ class AddStream(Remote):
             name=self.name,
             url=self.camera,
             username=self.username,
-            password=self._password(),
+            password=self.password(),
             transport=self.transport,
             fps=self.fps,
             labels=parse_labels(self.label),
@@ -116,17 +151,6 @@ class AddStream(Remote):
         with self.connect() as client:
             created = client.create_stream(stream, wait_s=self.wait)
         display.print_json(created) if self.json_ else display.print_streams([created])
-
-    def _password(self) -> SecretStr | None:
-        if self.password_stdin and self.password_env:
-            raise UsageError("--password-stdin and --password-env exclude each other")
-        if self.password_stdin:
-            return SecretStr(sys.stdin.readline().rstrip("\r\n"))
-        if self.password_env is None:
-            return None
-        if self.password_env not in os.environ:
-            raise UsageError(f"--password-env: there is no environment variable {self.password_env}")
-        return SecretStr(os.environ[self.password_env])
 
 
 class ListStreams(Remote):
@@ -173,6 +197,7 @@ class Streams(BaseModel):
     """Live cameras."""
 
     add: CliSubCommand[AddStream]
+    probe: CliSubCommand[ProbeStream]
     list_: CliSubCommand[ListStreams] = Field(alias="list")
     show: CliSubCommand[ShowStream]
     rm: CliSubCommand[RemoveStream]

@@ -7,6 +7,7 @@ import io
 import json
 import time
 import uuid
+from base64 import b64decode
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -71,6 +72,22 @@ class StreamHealth(_Read):
     reconnects_1h: int = 0
     frames_1h: int = 0
     next_retry_at: str | float | None = None
+
+
+class StreamProbe(_Read):
+    """What a camera sends: `first_frame_ms` passed until its first picture, of which `snapshot` is a data URL."""
+
+    codec: str
+    width: int
+    height: int
+    fps: float | None = None
+    first_frame_ms: int
+    snapshot: str
+
+    @property
+    def snapshot_jpeg(self) -> bytes:
+        """The snapshot as a file."""
+        return b64decode(self.snapshot.partition(",")[2])
 
 
 class Video(_Read):
@@ -198,25 +215,36 @@ class Model(_Read):
     note: str | None = None
 
 
-class NewStream(BaseModel):
-    """A camera to be registered. A password goes here, never into the URL."""
+class CameraAddress(BaseModel):
+    """Where a camera is and how it is opened. A password goes here, never into the URL."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str
     url: str
     username: str | None = None
     password: SecretStr | None = None
     transport: Literal["tcp", "udp"] = "tcp"
+
+    def body(self) -> dict[str, Any]:
+        """Return the JSON body of POST /v1/streams/probe."""
+        body = self.model_dump(exclude={"password"}, exclude_none=True)
+        if self.password is not None:
+            body["password"] = self.password.get_secret_value()
+        return body
+
+
+class NewStream(CameraAddress):
+    """A camera to be registered."""
+
+    name: str
     fps: float = 1.0
     labels: dict[str, str] = {}
     retention_hours: float | None = None
 
     def body(self) -> dict[str, Any]:
         """Return the JSON body of POST /v1/streams."""
-        body = self.model_dump(exclude={"retention_hours", "password"}, exclude_none=True)
-        if self.password is not None:
-            body["password"] = self.password.get_secret_value()
+        body = super().body()
+        body.pop("retention_hours", None)
         if self.retention_hours is not None:
             body["retention"] = {"hours": self.retention_hours}
         return body
@@ -287,6 +315,10 @@ class Client:
         timeout = httpx.Timeout(READ_TIMEOUT_S + wait_s, connect=CONNECT_TIMEOUT_S)
         body = stream.body()
         return Stream.model_validate(self._create("/v1/streams", params=query, json=body, timeout=timeout))
+
+    def probe_stream(self, camera: CameraAddress) -> StreamProbe:
+        """Look at a camera without registering it."""
+        return StreamProbe.model_validate(self._json("POST", "/v1/streams/probe", json=camera.body()))
 
     def list_streams(self, *, state: str | None = None, label: str | None = None) -> Iterator[Stream]:
         """Yield every stream that this key may see."""

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgres
 from rich.table import Table
 from rich.text import Text
 
-from deploy.client import Answer, Citation, Coverage, Health, Moment, Stream, StreamHealth, Video
+from deploy.client import Answer, Citation, Coverage, Health, Moment, Stream, StreamHealth, StreamProbe, Video
 from deploy.times import show_position
 
 PIPE_WIDTH = 200  # columns where nobody's terminal sets them: identifiers must not be cut
@@ -55,6 +55,12 @@ def print_streams(streams: Iterable[Stream]) -> None:
 def print_stream(stream: Stream, health: StreamHealth) -> None:
     """Print all that is known of one stream."""
     _print_facts(stream.model_dump(mode="json") | health.model_dump(mode="json"))
+
+
+def print_probe(seen: StreamProbe) -> None:
+    """Print what a camera sends."""
+    fps = "at an unknown rate" if seen.fps is None else f"at {seen.fps:g} frames a second"
+    print(f"{printable(seen.codec)}, {seen.width}x{seen.height} {fps}; first picture after {seen.first_frame_ms} ms")
 
 
 def print_videos(videos: Iterable[Video]) -> None:

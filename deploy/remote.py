@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from base64 import b64encode
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,9 +23,22 @@ from ray.serve.handle import DeploymentHandle
 
 from compressor_service.facts import BadPicture, ModelFacts
 from compressor_service.facts import SearchUnavailable as NoTextHalf
+from ingest.address import BadUrl as BadAddress
+from ingest.assignment import Camera
+from ingest.camera import CameraAuthFailed, CameraFacts, CameraFault, CameraTimeout
 from ingest.frame import Frame, Receipt, SinkUnavailable
-from qa_service.errors import ModelLoading, QueueFull, ScalingUp, SearchUnavailable, UnsupportedMedia
-from qa_service.schemas import AnswerEvent, ModelBody, Question
+from qa_service.errors import (
+    BadUrl,
+    ModelLoading,
+    QueueFull,
+    RtspAuthFailed,
+    RtspTimeout,
+    RtspUnreachable,
+    ScalingUp,
+    SearchUnavailable,
+    UnsupportedMedia,
+)
+from qa_service.schemas import AnswerEvent, ModelBody, Question, StreamProbe, StreamProbeRequest
 from store.moments import Moment, Span
 
 logger = logging.getLogger(__name__)
@@ -121,6 +135,53 @@ def _as_sink() -> Iterator[None]:
         raise SinkUnavailable(str(error)) from None
     except RayError as error:  # a node that died on the way, and whatever else Ray may suffer
         raise SinkUnavailable(f"the compressor could not be called: {type(error).__name__}") from None
+
+
+class RemoteCameras:
+    """Cameras, as the ingest deployment reaches them."""
+
+    def __init__(self, handle: Handle) -> None:
+        self._handle = handle
+
+    async def __call__(self, wanted: StreamProbeRequest) -> StreamProbe:
+        """Let ingest look at a camera. Raises BadUrl, RtspUnreachable, RtspAuthFailed and RtspTimeout."""
+        password = None if wanted.password is None else wanted.password.get_secret_value()
+        with camera_errors(), plain_errors("ingest"):
+            return stream_probe(
+                await self._handle.look.remote(Camera(wanted.url, wanted.username, password, wanted.transport))
+            )
+
+
+def stream_probe(facts: CameraFacts) -> StreamProbe:
+    """Return what was seen of a camera as the REST surface tells it."""
+    return StreamProbe(
+        codec=facts.codec,
+        width=facts.width,
+        height=facts.height,
+        fps=facts.fps,
+        first_frame_ms=facts.first_frame_ms,
+        snapshot=f"data:image/jpeg;base64,{b64encode(facts.snapshot).decode()}",
+    )
+
+
+@contextmanager
+def camera_errors() -> Iterator[None]:
+    """Tell what is wrong with a camera in the words of the REST surface."""
+    try:
+        yield
+    except BadAddress as error:
+        raise BadUrl(str(error), param="url") from None
+    except CameraAuthFailed as error:
+        raise RtspAuthFailed(f"{_sentence(error)}; check them.", param="username") from None
+    except CameraTimeout as error:
+        raise RtspTimeout(f"{_sentence(error)}; check that it is not overloaded.", param="url") from None
+    except CameraFault as error:
+        raise RtspUnreachable(f"{_sentence(error)}.", param="url") from None
+
+
+def _sentence(error: Exception) -> str:
+    text = str(error)
+    return text[:1].upper() + text[1:]
 
 
 class RemoteMoments:

@@ -66,11 +66,13 @@ def probe(path: Path, *, max_pixels: int = 8192 * 4320) -> ArchiveFacts:
 
 
 def open_archive(path: Path, *, max_pixels: int) -> InputContainer:
-    """Open a file without following anything it may refer to. Raises UnsupportedMedia."""
+    """Open a file without following anything it may refer to. Raises UnsupportedMedia and MemoryError."""
     options = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
     reason = None
     try:
         container = av.open(f"file:{path.absolute()}", options=options)
+    except MemoryError:  # says nothing about the file
+        raise
     except FileNotFoundError:
         reason = "the file is not there any more"
     except (FFmpegError, OSError, ValueError):  # their texts hold the path
@@ -130,9 +132,11 @@ def flush(stream: VideoStream) -> list[av.VideoFrame]:
 
 
 def decode(packet: "Packet[VideoStream]") -> list[av.VideoFrame]:
-    """Decode one packet; a damaged one yields nothing, and the file goes on behind it."""
+    """Decode one packet; a damaged one yields nothing, and the file goes on behind it. Raises MemoryError."""
     try:
         return packet.decode()
+    except MemoryError:
+        raise
     except FFmpegError:
         return []
 

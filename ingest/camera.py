@@ -9,6 +9,7 @@ process; the text of every PyAV error holds the whole URL, password included; `f
 import logging
 import time
 from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from threading import Event
 
@@ -20,10 +21,14 @@ from av.error import FFmpegError, HTTPForbiddenError, HTTPNotFoundError, HTTPUna
 from ingest.address import AddressPolicy, UnknownHost, camera_url, resolve_camera
 from ingest.assignment import Camera
 from ingest.clock import CaptureClock
+from ingest.keyframe import snapshot
 from ingest.sampler import Sampler, slot_of
 from ingest.settings import IngestSettings
 
 logger = logging.getLogger(__name__)
+
+_WATCHED_S = 1.0
+_FASTEST_FPS = 240.0  # of cameras: every picture has a slot of its own
 
 
 class CameraFault(Exception):
@@ -63,17 +68,34 @@ class Picture:
     image: av.VideoFrame
 
 
+@dataclass(frozen=True, slots=True)
+class CameraFacts:
+    """What a camera sends: seen in about a second of it.
+
+    `fps` is measured, None where the camera sent too little; `first_frame_ms` counts from the first attempt to connect
+    to the first picture; `snapshot` is that picture as JPEG, made smaller if it is large.
+    """
+
+    codec: str
+    width: int
+    height: int
+    fps: float | None
+    first_frame_ms: int
+    snapshot: bytes
+
+
 class CameraSession:
     """Opens a camera once and yields the pictures of new slots until the connection is lost.
 
     `halt` ends it at the next packet; `beat` is called whenever something arrives. `damaged` counts the packets that
-    could not be decoded.
+    could not be decoded; `codec` is known with the first picture.
     """
 
     def __init__(
         self, camera: Camera, sampler: Sampler, settings: IngestSettings, halt: Event, beat: Callable[[], None]
     ) -> None:
         self.damaged = 0
+        self.codec: str | None = None
         self._camera = camera
         self._sampler = sampler
         self._settings = settings
@@ -128,6 +150,7 @@ class CameraSession:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
         stream.codec_context.options = {"max_pixels": str(self._settings.max_pixels)}
+        self.codec = stream.codec_context.name
         fault: CameraFault | None = None
         try:
             for packet in container.demux(stream):
@@ -163,6 +186,33 @@ class CameraSession:
             pick = None if time_s is None else self._sampler.offer(time_s)
             if pick is not None:
                 yield Picture(pick.slot, pick.time_s, image)
+
+
+def look_at_camera(camera: Camera, settings: IngestSettings) -> CameraFacts:
+    """Open a camera, watch it for a second and close it. Raises CameraFault, and BadUrl for a forbidden address."""
+    started = time.monotonic()
+    session = CameraSession(camera, Sampler(_FASTEST_FPS), settings, Event(), lambda: None)
+    with closing(session.pictures()) as pictures:
+        first = next(pictures)
+        first_frame_ms = round(1000 * (time.monotonic() - started))
+        last, count = first, 1
+        try:
+            for last in pictures:
+                count += 1
+                if last.time_s - first.time_s >= _WATCHED_S:
+                    break
+        except CameraFault:  # it has shown what it sends
+            pass
+    seconds = last.time_s - first.time_s
+    image = first.image
+    return CameraFacts(
+        codec=session.codec or "",
+        width=image.width,
+        height=image.height,
+        fps=round((count - 1) / seconds, 2) if seconds > 0 else None,
+        first_frame_ms=first_frame_ms,
+        snapshot=snapshot(image),
+    )
 
 
 class PacketGate:

@@ -1,4 +1,4 @@
-"""Decoded pictures to keyframes: upright, squashed to the model's square, JPEG."""
+"""Decoded pictures to JPEG: keyframes, upright and squashed to the model's square, and snapshots for people."""
 
 import io
 
@@ -8,6 +8,7 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from PIL import Image
 
 JPEG_QUALITY = 95
+SNAPSHOT_PX = 640
 
 
 class KeyframeMaker:
@@ -23,7 +24,19 @@ class KeyframeMaker:
             picture, self._size_px, self._size_px, "rgb24", interpolation=Interpolation.AREA
         )
         # Turning after the squash gives the same as before it, for the price of a small picture.
-        pixels = np.rot90(square.to_ndarray(), picture.rotation // 90)
-        target = io.BytesIO()
-        Image.fromarray(np.ascontiguousarray(pixels)).save(target, "JPEG", quality=JPEG_QUALITY, subsampling=0)
-        return target.getvalue()
+        return _jpeg(square, picture.rotation)
+
+
+def snapshot(picture: VideoFrame) -> bytes:
+    """Return a JPEG of a picture in its own shape, upright, at most 640 pixels long."""
+    shrunk = min(1.0, SNAPSHOT_PX / max(picture.width, picture.height))
+    width, height = (max(1, round(side * shrunk)) for side in (picture.width, picture.height))
+    small = picture.reformat(width, height, "rgb24", interpolation=Interpolation.AREA)
+    return _jpeg(small, picture.rotation)
+
+
+def _jpeg(picture: VideoFrame, rotation: int) -> bytes:
+    pixels = np.rot90(picture.to_ndarray(), rotation // 90)
+    target = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(target, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+    return target.getvalue()

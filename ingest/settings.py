@@ -37,6 +37,12 @@ class IngestSettings(BaseModel):
     max_pixels: PositiveInt = Field(
         default=8192 * 4320, description="Pictures with more pixels are refused instead of decoded."
     )
+    look_timeout_s: PositiveFloat = Field(
+        default=30.0, description="Longest first look at an uploaded file, until its first picture."
+    )
+    max_decoder_bytes: PositiveInt = Field(
+        default=2 * 2**30, description="Memory that a first look at a file or a camera may take."
+    )
     lease_s: PositiveFloat = Field(default=15.0, description="A process silent for this long loses its sources.")
     renew_s: PositiveFloat = Field(default=5.0, description="Time between two renewals of the leases.")
     poll_s: PositiveFloat = Field(default=2.0, description="Time between two looks for unowned sources.")

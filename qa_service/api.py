@@ -34,6 +34,8 @@ from qa_service.schemas import (
     StreamHealth,
     StreamList,
     StreamPatch,
+    StreamProbe,
+    StreamProbeRequest,
     StreamRange,
     StreamRequest,
     StreamState,
@@ -152,6 +154,15 @@ def _add_streams(api: FastAPI, services: Services, settings: ApiSettings) -> Non
         key: IdempotencyKey = None,
     ) -> StreamBody:
         return await control.create_stream(caller, request, wait_s=wait, key=key)
+
+    @api.post(
+        "/v1/streams/probe",
+        tags=["streams"],
+        summary="Look at a camera without registering it",
+        responses=_errors(400, 401, 403, 422, 429, 502, 503, 504),
+    )
+    async def probe_stream(wanted: StreamProbeRequest, caller: Writer) -> StreamProbe:
+        return await control.probe_stream(caller, wanted)
 
     @api.get("/v1/streams", tags=["streams"], summary="List cameras", responses=_errors(401, 403, 422, 429, 503))
     async def list_streams(

@@ -21,6 +21,8 @@ from qa_service.schemas import (
     StreamHealth,
     StreamList,
     StreamPatch,
+    StreamProbe,
+    StreamProbeRequest,
     StreamRequest,
     StreamState,
     VideoBody,
@@ -30,7 +32,7 @@ from qa_service.schemas import (
     VideoList,
     VideoRequest,
 )
-from qa_service.seams import AddressCheck, MediaProbe
+from qa_service.seams import AddressCheck, CameraProbe, MediaProbe
 from qa_service.upload import Upload, receive_form
 from qa_service.validation import refusal
 from store.idempotency import Idempotency
@@ -73,6 +75,7 @@ class SourceControl:
         check_camera_url: AddressCheck,
         check_download_url: AddressCheck,
         probe: MediaProbe,
+        probe_camera: CameraProbe,
     ) -> None:
         self._redis = redis
         self._sources = sources
@@ -83,6 +86,7 @@ class SourceControl:
         self._check_camera_url = check_camera_url
         self._check_download_url = check_download_url
         self._probe = probe
+        self._probe_camera = probe_camera
 
     # Streams
 
@@ -108,6 +112,15 @@ class SourceControl:
             caller, "streams", key, request.model_dump_json(exclude={"password"}), StreamBody, create
         )
         return await self._settled(body, wait_s) if wait_s else body
+
+    async def probe_stream(self, caller: Caller, wanted: StreamProbeRequest) -> StreamProbe:
+        """Look at a camera without registering it.
+
+        Raises BadUrl, RtspUnreachable, RtspAuthFailed, RtspTimeout and SourceForbidden.
+        """
+        caller.require_new_sources()
+        await self._check_camera_url(wanted.url)
+        return await self._probe_camera(wanted)
 
     async def get_stream(self, caller: Caller, stream_id: str) -> StreamBody:
         """Return a stream. Raises StreamNotFound and SourceForbidden."""

@@ -153,6 +153,29 @@ class StreamRequest(Body):
     enabled: bool = True
 
 
+class StreamProbeRequest(Body):
+    """A camera to be looked at, without registering it."""
+
+    model_config = _example({"url": "rtsp://192.0.2.10/stream1", "username": "viewer", "password": "secret"})
+
+    url: Url = Field(description="rtsp:// or rtsps:// address, without user name and password.")
+    username: Username | None = None
+    password: Password | None = Field(default=None, description="Write-only: no response ever holds it.")
+    transport: Literal["tcp", "udp"] = "tcp"
+
+
+class StreamProbe(Body):
+    """What a camera sends, seen in about a second of it."""
+
+    object: Literal["stream.probe"] = "stream.probe"
+    codec: str
+    width: int
+    height: int
+    fps: float | None = Field(description="As measured; null where too little came to tell.")
+    first_frame_ms: int = Field(description="From the first attempt to connect to the first picture.")
+    snapshot: str = Field(description="The first picture as a data URL: a JPEG, at most 640 pixels long.")
+
+
 class StreamPatch(Body):
     """Fields of a stream to be changed; those left out stay. `{"enabled": false}` stops ingest and keeps the memory."""
 

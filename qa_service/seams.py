@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from qa_service.schemas import AnswerEvent, ModelBody, Question
+from qa_service.schemas import AnswerEvent, ModelBody, Question, StreamProbe, StreamProbeRequest
 from store.moments import Moment, Span
 
 
@@ -67,6 +67,13 @@ class MediaProbe(Protocol):
 
     def __call__(self, path: Path) -> float | None:
         """Return its duration in seconds, None if the file does not say. Raises UnsupportedMedia."""
+
+
+class CameraProbe(Protocol):
+    """Looks at what a camera sends."""
+
+    async def __call__(self, wanted: StreamProbeRequest) -> StreamProbe:
+        """Raises BadUrl, RtspUnreachable, RtspAuthFailed and RtspTimeout."""
 
 
 class ReadyProbe(Protocol):

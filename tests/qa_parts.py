@@ -24,10 +24,13 @@ from compressor_service.llava_mini.checkpoint import Dtype
 from compressor_service.llava_mini.prompt import Prompt
 from compressor_service.settings import CompressorSettings
 from compressor_service.writer import FrameWriter
-from ingest import archive
+from deploy.remote import camera_errors, stream_probe
 from ingest.address import AddressPolicy, check_camera_url, check_download_url
 from ingest.address import BadUrl as IngestBadUrl
+from ingest.archive import UnsupportedMedia as NoVideo
+from ingest.assignment import Camera
 from ingest.frame import Frame
+from ingest.sandbox import Sandbox
 from qa_service.answerer import Answerer
 from qa_service.api import Services, build_api
 from qa_service.clock import write_stream_time
@@ -38,7 +41,7 @@ from qa_service.finder import Finder
 from qa_service.health import Readiness
 from qa_service.keys import RateLimit
 from qa_service.metrics import Metrics
-from qa_service.schemas import ModelBody
+from qa_service.schemas import ModelBody, StreamProbe, StreamProbeRequest
 from qa_service.settings import ApiSettings, QASettings
 from qa_service.viewer import Viewer
 from store.cipher import Cipher
@@ -52,6 +55,7 @@ from store.moments import Moments
 from store.settings import StoreSettings
 from store.sources import NewStream, NewVideo, Sources, Stream, StreamStatus, Video, VideoStatus
 from store.timeline import Timeline
+from tests.ingest_parts import settings as ingest_settings
 
 QUESTION = "what is there in the picture?"
 LATER_S = 1000  # the clock of the parts stands so long after a stream was registered
@@ -159,6 +163,7 @@ async def open_parts(
     qa: QASettings | None = None,
     api: ApiSettings | None = None,
     dtype: Dtype = "float32",
+    allowed_networks: tuple[str, ...] = (),
 ) -> AsyncIterator[Parts]:
     qa, api = qa or QASettings(), api or ApiSettings()
     encoder = load_encoder(checkpoint, dtype)
@@ -184,7 +189,8 @@ async def open_parts(
         now=lambda: now,
     )
     reader = RangeReader(timeline, sources, live_lag_s=qa.live_lag_s, now=lambda: now)
-    policy = AddressPolicy(("203.0.113.0/24",))
+    networks = ("203.0.113.0/24", *allowed_networks)
+    policy, sandbox = AddressPolicy(networks), Sandbox(ingest_settings(allowed_networks=networks))
 
     async def camera(url: str) -> None:
         try:
@@ -200,9 +206,15 @@ async def open_parts(
 
     def probe(path: Path) -> float | None:
         try:
-            return archive.probe(path).duration_s
-        except archive.UnsupportedMedia:
+            return sandbox.archive(path).duration_s
+        except NoVideo:
             raise UnsupportedMedia("The file is no video that can be decoded.", param="file") from None
+
+    async def probe_camera(wanted: StreamProbeRequest) -> StreamProbe:
+        password = None if wanted.password is None else wanted.password.get_secret_value()
+        camera = Camera(wanted.url, wanted.username, password, wanted.transport)
+        with camera_errors():
+            return stream_probe(await asyncio.to_thread(sandbox.camera, camera))
 
     async def describe() -> ModelBody:
         return ModelBody(
@@ -229,6 +241,7 @@ async def open_parts(
         check_camera_url=camera,
         check_download_url=download,
         probe=probe,
+        probe_camera=probe_camera,
     )
     services = Services(
         control=control,

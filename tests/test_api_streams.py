@@ -1,13 +1,17 @@
 """Streams over REST: registering, changing, deleting, and that passwords never come back."""
 
 import asyncio
+import base64
+import io
 import json
 import time
 
 import pytest
+from PIL import Image
 
 from qa_service.settings import ApiSettings
 from store.sources import StreamStatus
+from tests.ingest_parts import LOCAL, simulated_camera
 from tests.qa_parts import open_parts
 
 CAMERA = {"name": "dock", "url": "rtsp://203.0.113.7/one", "username": "viewer", "password": "t0p-secret"}
@@ -225,3 +229,48 @@ async def test_an_empty_patch_and_unknown_streams_are_refused(client):
         await client.get("/v1/streams/str_000000000000/health"),
     ):
         assert code(response) == (404, "stream_not_found")
+
+
+@pytest.fixture
+async def near(redis, checkpoint, tmp_path):
+    """A client of a service that may look at the cameras of this machine."""
+    async with (
+        open_parts(redis, checkpoint, tmp_path, allowed_networks=LOCAL) as parts,
+        parts.client() as client,
+    ):
+        yield client
+
+
+async def test_a_camera_can_be_looked_at_before_it_is_registered(near):
+    with simulated_camera("--user", "viewer", "--password", "t0p-secret", "--fps", "10") as camera:
+        body = {"url": camera.url, "username": "viewer", "password": "t0p-secret"}
+        response = await near.post("/v1/streams/probe", json=body)
+    seen = response.json()
+    assert response.status_code == 200, seen
+    assert (seen["codec"], seen["width"], seen["height"]) == ("h264", 320, 180)
+    assert seen["fps"] == pytest.approx(10, abs=2)
+    assert seen["first_frame_ms"] > 0
+    kind, _, picture = seen["snapshot"].partition(",")
+    assert kind == "data:image/jpeg;base64"
+    with Image.open(io.BytesIO(base64.b64decode(picture))) as snapshot:
+        assert snapshot.size == (320, 180)
+    assert "t0p-secret" not in response.text
+    assert (await near.get("/v1/streams")).json()["data"] == []
+
+
+async def test_what_is_wrong_with_a_camera_has_a_name(near):
+    with simulated_camera("--user", "viewer", "--password", "t0p-secret") as camera:
+        refused = await near.post("/v1/streams/probe", json={"url": camera.url, "password": "wr0ng-secret"})
+    assert code(refused) == (502, "rtsp_auth_failed")
+    assert "wr0ng-secret" not in refused.text
+    gone = await near.post("/v1/streams/probe", json={"url": camera.url})
+    assert code(gone) == (502, "rtsp_unreachable")
+    with simulated_camera("--blackhole") as camera:
+        silent = await near.post("/v1/streams/probe", json={"url": camera.url})
+    assert code(silent) == (502, "rtsp_unreachable")
+
+
+async def test_what_may_not_be_opened_is_not_looked_at(client):
+    for url in ("rtsp://127.0.0.1/", "http://203.0.113.7/one", "file:///etc/passwd", "rtsp://user:pw@203.0.113.7/one"):
+        assert code(await client.post("/v1/streams/probe", json={"url": url})) == (422, "bad_url")
+    assert code(await client.post("/v1/streams/probe", json={})) == (422, "validation_failed")

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import uvicorn
+from PIL import Image
 
 from deploy.cli import run_command
 from deploy.client import Answer, Cited, Client, Completed, Created, Delta, Question, Range, Video
@@ -22,6 +23,7 @@ from qa_service.settings import ApiKey, ApiSettings
 from store.connection import connect
 from store.gaps import Gap
 from store.sources import VideoStatus
+from tests.ingest_parts import LOCAL, simulated_camera
 from tests.qa_parts import Parts, open_parts
 from tests.untrained import write_untrained_checkpoint
 
@@ -47,7 +49,7 @@ def serving(redis_url: str, checkpoint: Path, folder: Path, api: ApiSettings) ->
     async def serve() -> None:
         async with connect(redis_url) as redis:
             await redis.flushdb()
-            async with open_parts(redis, checkpoint, folder, api=api) as parts:
+            async with open_parts(redis, checkpoint, folder, api=api, allowed_networks=LOCAL) as parts:
                 listening = socket.create_server(("127.0.0.1", 0))  # connections wait in its queue until it is served
                 url = f"http://127.0.0.1:{listening.getsockname()[1]}"
                 server = uvicorn.Server(uvicorn.Config(parts.api, log_level="error", ws="none", lifespan="off"))
@@ -146,6 +148,20 @@ def test_a_camera_is_added_listed_shown_and_removed(tokenline, monkeypatch):
     assert "request: req_" in err
 
 
+def test_a_camera_is_looked_at(tokenline, monkeypatch, tmp_path):
+    monkeypatch.setenv("CAMERA_PASSWORD", "s3cret")
+    with simulated_camera("--user", "viewer", "--password", "s3cret") as camera:
+        flags = ("--username", "viewer", "--password-env", "CAMERA_PASSWORD")
+        code, out, err = tokenline("streams", "probe", camera.url, *flags, "--snapshot", str(tmp_path / "dock.jpg"))
+        assert (code, err) == (0, "")
+        assert out.startswith("h264, 320x180 at ")
+        with Image.open(tmp_path / "dock.jpg") as picture:
+            assert picture.size == (320, 180)
+        code, out, err = tokenline("streams", "probe", camera.url, "--username", "viewer")
+    assert (code, out) == (1, "")
+    assert "(rtsp_auth_failed)" in err
+
+
 def test_a_password_comes_from_standard_input(tokenline, service, monkeypatch, tmp_path):
     typed = tmp_path / "typed"
     typed.write_text("pa ss\n")
@@ -159,7 +175,7 @@ def test_a_password_comes_from_standard_input(tokenline, service, monkeypatch, t
 @pytest.mark.parametrize(
     ("url", "error"),
     [
-        ("rtsp://127.0.0.1/live", "bad_url"),
+        ("rtsp://[::1]/live", "bad_url"),
         ("rtsp://user:s3cret@1.1.1.1/live", "bad_url"),
         ("file:///etc/passwd", "bad_url"),
     ],

@@ -236,6 +236,15 @@ def test_a_deleted_camera_stops_and_its_memory_stays_until_it_is_purged(client):
 # Bad input
 
 
+def test_a_camera_is_looked_at_before_it_is_registered(client):
+    with SampleCamera(real_clip("bikes")) as camera:
+        seen = client.post("/v1/streams/probe", json={"url": camera.url}).json()
+    assert (seen["codec"], seen["width"], seen["height"]) == ("h264", 640, 272)
+    gone = client.post("/v1/streams/probe", json={"url": camera.url, "username": "u", "password": PASSWORD})
+    assert (gone.status_code, gone.json()["error"]["code"]) == (502, "rtsp_unreachable")
+    assert PASSWORD not in gone.text
+
+
 def test_a_camera_that_nobody_serves_is_tried_again_and_says_when(client):
     made = client.post("/v1/streams", json={"name": "nobody", "url": f"rtsp://127.0.0.1:{free_port()}/x"})
     assert made.status_code == 201
