@@ -13,7 +13,8 @@ from ingest.assignment import Assignment, Camera, CameraReport, CameraState, Mis
 from ingest.backoff import Backoff, HourCount
 from ingest.camera import CameraAuthFailed, CameraFault, CameraPathNotFound, CameraSession, Picture
 from ingest.frame import Frame
-from ingest.keyframe import KeyframeMaker
+from ingest.keyframe import KeyframeMaker, jpeg
+from ingest.picture_watch import PictureWatch
 from ingest.sampler import Sampler, milliseconds, slot_of
 from ingest.settings import IngestSettings
 
@@ -62,6 +63,7 @@ class CameraWorker:
         self._since = time.time()
         self._next_retry_at: float | None = None
         self._trouble: tuple[float, str] | None = None
+        self._wrong: str | None = None  # with the newest picture
 
     @property
     def is_over(self) -> bool:
@@ -166,12 +168,14 @@ class CameraWorker:
         beat()
         sampler = Sampler(self.assignment.fps, last_slot=self._last_slot)
         session = CameraSession(self._camera, sampler, self._settings, reading.halt, beat)
-        maker = KeyframeMaker(self._size_px)
+        maker, watch = KeyframeMaker(self._size_px), PictureWatch(self._settings.frozen_s)
         damaged: int | None = None  # None until the first picture
         try:
             with closing(session.pictures()) as pictures:
                 for picture in pictures:
-                    self._keep(reading, picture, maker.make(picture.image), hole=_hole(damaged, session.damaged))
+                    pixels = maker.pixels(picture.image)
+                    wrong, hole = watch.see(pixels, picture.time_s), _hole(damaged, session.damaged)
+                    self._keep(reading, picture, jpeg(pixels), hole=hole, wrong=wrong)
                     damaged = session.damaged
         except (CameraFault, BadUrl) as error:
             return error
@@ -180,8 +184,13 @@ class CameraWorker:
             return CameraFault(f"reading failed with {type(error).__name__}")
         return CameraFault("stopped")
 
-    def _keep(self, reading: _Reading, picture: Picture, keyframe: bytes, *, hole: MissingReason | None) -> None:
-        """Queue a picture. `hole` says what slots before it are missing for; None is a new connection's first."""
+    def _keep(
+        self, reading: _Reading, picture: Picture, keyframe: bytes, *, hole: MissingReason | None, wrong: str | None
+    ) -> None:
+        """Queue a picture, and note what is `wrong` with it.
+
+        `hole` says what slots before it are missing for; None is a new connection's first.
+        """
         assignment = self.assignment
         frame = Frame(assignment.source_id, picture.slot, milliseconds(picture.time_s), keyframe, assignment.epoch)
         with self._lock:
@@ -191,6 +200,7 @@ class CameraWorker:
                 self._missing.append(Missing(self._last_slot + 1, picture.slot, hole or "stream_down"))
                 if hole is not None:
                     self._trouble = (time.time(), "pictures are missing")
+            self._wrong = wrong
             self._last_slot = picture.slot
             self._last_picture_at = time.monotonic()
             self._queue.append(frame)
@@ -239,6 +249,8 @@ class CameraWorker:
             self._set("degraded", "no new picture for several slots")
         elif self._trouble is not None and now - self._trouble[0] < TROUBLE_S:
             self._set("degraded", self._trouble[1])
+        elif self._wrong is not None:
+            self._set("degraded", self._wrong)
         else:
             self._set("online", None)
 

@@ -5,6 +5,7 @@ import io
 import numpy as np
 from av import VideoFrame
 from av.video.reformatter import Interpolation, VideoReformatter
+from numpy.typing import NDArray
 from PIL import Image
 
 JPEG_QUALITY = 95
@@ -20,11 +21,15 @@ class KeyframeMaker:
 
     def make(self, picture: VideoFrame) -> bytes:
         """Return the JPEG (quality 95, 4:4:4) of a picture, turned as its container says it was held."""
+        return jpeg(self.pixels(picture))
+
+    def pixels(self, picture: VideoFrame) -> NDArray[np.uint8]:
+        """Return the pixels (size, size, 3) that the keyframe of a picture is made of."""
         square = self._reformatter.reformat(
             picture, self._size_px, self._size_px, "rgb24", interpolation=Interpolation.AREA
         )
         # Turning after the squash gives the same as before it, for the price of a small picture.
-        return _jpeg(square, picture.rotation)
+        return np.rot90(square.to_ndarray(), picture.rotation // 90)
 
 
 def snapshot(picture: VideoFrame) -> bytes:
@@ -32,11 +37,11 @@ def snapshot(picture: VideoFrame) -> bytes:
     shrunk = min(1.0, SNAPSHOT_PX / max(picture.width, picture.height))
     width, height = (max(1, round(side * shrunk)) for side in (picture.width, picture.height))
     small = picture.reformat(width, height, "rgb24", interpolation=Interpolation.AREA)
-    return _jpeg(small, picture.rotation)
+    return jpeg(np.rot90(small.to_ndarray(), picture.rotation // 90))
 
 
-def _jpeg(picture: VideoFrame, rotation: int) -> bytes:
-    pixels = np.rot90(picture.to_ndarray(), rotation // 90)
+def jpeg(pixels: NDArray[np.uint8]) -> bytes:
+    """Return pixels (H, W, 3) as JPEG (quality 95, 4:4:4)."""
     target = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels)).save(target, "JPEG", quality=JPEG_QUALITY, subsampling=0)
     return target.getvalue()

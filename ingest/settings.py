@@ -28,6 +28,9 @@ class IngestSettings(BaseModel):
     auth_retry_s: PositiveFloat = Field(
         default=60.0, description="Wait after a refused password or path: cameras lock accounts that try too often."
     )
+    frozen_s: PositiveFloat = Field(
+        default=120.0, description="A camera whose picture has not changed for so long is reported as degraded."
+    )
     allowed_networks: tuple[str, ...] = Field(
         default=(),
         description="Networks (CIDR) whose private addresses cameras and downloads may have, such as 192.168.0.0/16.",

@@ -164,6 +164,24 @@ async def test_a_sink_that_is_away_costs_the_oldest_frames_and_they_are_counted(
     assert shed | set(slots) >= set(range(slots[0], slots[-1] + 1)) - set(desk.missing_slots("str_cam"))
 
 
+@pytest.mark.parametrize(("fault", "reason"), [("freeze", "frozen"), ("black", "black")])
+async def test_a_camera_that_shows_nothing_live_is_degraded_until_it_does(tmp_path, fault, reason):
+    def told() -> tuple[str, str]:
+        report = desk.last("str_cam")
+        return ("", "") if not isinstance(report, CameraReport) else (report.state, report.reason or "")
+
+    with simulated_camera("--gop", "12") as cam:
+        desk, sink = MemoryDesk(camera(cam.url)), MemorySink(size_px=336)
+        async with running(desk, sink, tmp_path, frozen_s=4.0):
+            await until(lambda: told()[0] == "online")
+            cam.suffer(fault)
+            await until(lambda: told()[0] == "degraded" and reason in told()[1])
+            kept = len(sink.frames)
+            await until(lambda: len(sink.frames) >= kept + 2)  # what it shows is remembered all the same
+            cam.suffer("clear")
+            await until(lambda: told()[0] == "online")
+
+
 async def test_stopping_is_quick_even_while_a_camera_stalls(tmp_path):
     sink = MemorySink()
     with simulated_camera() as cam:
