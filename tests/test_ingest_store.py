@@ -197,7 +197,8 @@ async def test_a_camera_gets_another_address_and_a_pause_while_it_is_recorded(pl
             await eventually(lambda: is_in("auth_failed"))
             await place.sources.update_stream(stream.id, password="new")
             await eventually(lambda: is_in("online"))
-            kept = sink.kept[stream.id]
+            kept = sink.kept.setdefault(stream.id, [])
+            await eventually(longer(kept, by=1))  # it is online as soon as a picture is read
             await place.sources.update_stream(stream.id, enabled=False)
             await eventually(lambda: service.stats()["owned"] == 0)
             assert await state() == "disabled"
