@@ -36,6 +36,7 @@ from qa_service.api import Services, build_api
 from qa_service.control import SourceControl
 from qa_service.coverage import RangeReader
 from qa_service.errors import BadUrl, UnsupportedMedia
+from qa_service.feed import Feed
 from qa_service.finder import Finder
 from qa_service.health import Readiness
 from qa_service.keys import RateLimit
@@ -45,6 +46,7 @@ from qa_service.viewer import Viewer
 from store.cipher import Cipher
 from store.connection import StoreRedis, StoreUnavailable, connect
 from store.counters import Counters
+from store.events import Events
 from store.idempotency import Idempotency
 from store.janitor import Janitor
 from store.keyframes import Keyframes
@@ -252,6 +254,7 @@ class Gateway:
             finder=Finder(reader, remote, RemoteMoments(search)),
             questions=questions,
             describe=questions.describe,
+            feed=Feed(Events(redis), ping_s=settings.api.sse_ping_s),
             readiness=Readiness(_probes(redis, keyframes, compressor, questions, ingest), settings.api.probe_timeout_s),
             metrics=Metrics(sources, counters),
             counters=counters,

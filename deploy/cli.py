@@ -395,6 +395,19 @@ class Search(Ranged):
         display.print_json(moments) if self.json_ else display.print_moments(moments)
 
 
+class Follow(Remote):
+    """Print what changes of cameras and videos, line by line, until interrupted."""
+
+    type: list[Literal["stream.state", "video.status"]] = Field(default=[], description="Only these; may be repeated.")
+    after: str | None = Field(default=None, description="Begin behind the event of this id; else with the next.")
+
+    def cli_cmd(self) -> None:
+        with self.connect() as client:
+            for event in client.events(types=self.type, after=self.after):
+                print(event.model_dump_json()) if self.json_ else display.print_event(event)
+                sys.stdout.flush()
+
+
 class ShowHealth(Remote):
     """Show whether the service can take questions; exit code 1 if it cannot."""
 
@@ -425,6 +438,7 @@ class Command(BaseSettings):
     videos: CliSubCommand[Videos]
     ask: CliSubCommand[Ask]
     search: CliSubCommand[Search]
+    events: CliSubCommand[Follow]
     health: CliSubCommand[ShowHealth]
     train: CliSubCommand[Train]
     evaluate: CliSubCommand[Evaluate]

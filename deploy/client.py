@@ -8,7 +8,7 @@ import json
 import time
 import uuid
 from base64 import b64decode
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -233,6 +233,19 @@ class CameraAddress(BaseModel):
         return body
 
 
+class Event(_Read):
+    """Something that changed: a stream's `state` with its `reason`, or a video's `status`."""
+
+    id: str | None = None  # None of an event that cannot be gone on from
+    type: str
+    created_at: str | None = None
+    source_id: str | None = None
+    state: str | None = None
+    reason: str | None = None
+    status: str | None = None
+    error: str | None = None
+
+
 class NewStream(CameraAddress):
     """A camera to be registered."""
 
@@ -387,6 +400,21 @@ class Client:
             if video.status == "failed":
                 raise VideoFailed(f"video {video.id} could not be read: {video.reason}")
             time.sleep(poll_s)
+
+    def events(self, *, types: Sequence[str] = (), after: str | None = None) -> Iterator[Event]:
+        """Yield what changes, from now on or from the event of an id on, until the connection ends: go on from there.
+
+        Raises Unreachable when it is lost.
+        """
+        query = {"types": ",".join(types)} if types else {}
+        headers = {"Last-Event-ID": after} if after else {}
+        with _reaching(self.url), self._http.stream("GET", "/v1/events", params=query, headers=headers) as response:
+            if response.is_error:
+                response.read()
+            _check(response)
+            for line in response.iter_lines():
+                if line.startswith("data: "):
+                    yield Event.model_validate_json(line.removeprefix("data: "))
 
     def ask(self, question: Question) -> Iterator[AnswerEvent]:
         """Yield the answer's events as they come; leaving the iterator early cancels the answer."""

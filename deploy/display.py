@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgres
 from rich.table import Table
 from rich.text import Text
 
-from deploy.client import Answer, Citation, Coverage, Health, Moment, Stream, StreamHealth, StreamProbe, Video
+from deploy.client import Answer, Citation, Coverage, Event, Health, Moment, Stream, StreamHealth, StreamProbe, Video
 from deploy.times import show_position
 
 PIPE_WIDTH = 200  # columns where nobody's terminal sets them: identifiers must not be cut
@@ -89,6 +89,14 @@ def print_moments(moments: Iterable[Moment]) -> None:
         (one.source_id, _time(one.start), _time(one.end), f"{one.score:.3f}", one.frame_url or "") for one in moments
     ]
     _print_table(("source", "from", "to", "score", "keyframe"), rows, none="nothing found")
+
+
+def print_event(event: Event) -> None:
+    """Print one line an event."""
+    told = event.state or event.status or ""
+    why = event.reason or event.error
+    words = (event.created_at or "", event.source_id or "", event.type, told + (f": {why}" if why else ""))
+    print(printable("  ".join(word for word in words if word)))
 
 
 def print_health(health: Health) -> None:

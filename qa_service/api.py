@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
 from fastapi import Depends, FastAPI, Header, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -15,7 +15,8 @@ from starlette.exceptions import HTTPException
 
 from qa_service.control import SourceControl
 from qa_service.door import Door, respond
-from qa_service.errors import TABLE, Reply, ServiceError, tell, tell_as
+from qa_service.errors import TABLE, Reply, ServiceError, ValidationFailed, tell, tell_as
+from qa_service.feed import Feed
 from qa_service.finder import Finder
 from qa_service.health import Readiness
 from qa_service.keys import Caller, Keyring, RateLimit
@@ -24,6 +25,7 @@ from qa_service.schemas import (
     Answer,
     AnswerEvent,
     ErrorBody,
+    EventBody,
     Health,
     ModelList,
     MomentList,
@@ -53,8 +55,10 @@ from qa_service.sse import EventStream, write_events
 from qa_service.validation import refusal
 from qa_service.viewer import Viewer
 from store.counters import Counters
+from store.events import EventType
 
 CLIENT_GONE = 499  # nobody reads it; it stands in access logs
+EVENT_TYPES: tuple[EventType, ...] = get_args(EventType)
 
 T = TypeVar("T")
 
@@ -68,6 +72,7 @@ class Services:
     finder: Finder
     questions: Questions
     describe: Describe
+    feed: Feed
     readiness: Readiness
     metrics: Metrics
     counters: Counters
@@ -90,6 +95,7 @@ def build_api(services: Services, settings: ApiSettings, *, behind_ray: bool = F
     _add_streams(api, services, settings)
     _add_videos(api, services)
     _add_sources(api, services)
+    _add_events(api, services)
     _add_questions(api, services, settings)
     _add_service(api, services)
     _add_errors(api)
@@ -309,6 +315,32 @@ def _add_sources(api: FastAPI, services: Services) -> None:
         caller.require_source(source_id)
         picture = await viewer.picture(source_id, time)
         return Response(picture.jpeg, media_type="image/jpeg", headers={"X-Frame-Time": str(picture.time)})
+
+
+def _add_events(api: FastAPI, services: Services) -> None:
+    @api.get(
+        "/v1/events",
+        tags=["events"],
+        summary="Follow what changes, as server-sent events",
+        response_class=Response,
+        responses={
+            200: {"content": {"text/event-stream": {"schema": EventBody.model_json_schema()}}},
+            **_errors(401, 403, 422, 429, 503),
+        },
+    )
+    async def events(
+        caller: Reader,
+        types: Annotated[str, Query(max_length=200, description="Which ones, with commas.")] = ",".join(EVENT_TYPES),
+        last_id: Annotated[
+            str | None, Header(alias="Last-Event-ID", description="Begin behind this one; else with the next.")
+        ] = None,
+    ) -> Response:
+        wanted = frozenset(one for one in EVENT_TYPES if one in types.split(","))
+        if unknown := set(types.split(",")) - wanted:
+            raise ValidationFailed(
+                f"There is no type of event {sorted(unknown)[0]!r}; there are {', '.join(EVENT_TYPES)}.", param="types"
+            )
+        return EventStream(await services.feed.follow(caller, wanted, last_id))
 
 
 def _add_questions(api: FastAPI, services: Services, settings: ApiSettings) -> None:

@@ -12,6 +12,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from store.connection import StoreUnavailable
+from store.events import BadEventId
 from store.idempotency import IdempotencyConflict
 from store.sources import BadCursor, SourceNotFound, StreamNotFound, VideoNotFound
 from store.sources import StateConflict as SourceStateConflict
@@ -186,6 +187,7 @@ TABLE: Mapping[type[Exception], Reply] = {
     FrameMissing: Reply(404, "frame_not_kept"),
     FrameNotKept: Reply(404, "frame_not_kept", "The frame of this time is not kept."),
     BadCursor: Reply(422, "validation_failed"),
+    BadEventId: Reply(422, "validation_failed"),
     StreamTaken: Reply(409, "stream_exists"),
     SourceStateConflict: Reply(409, "state_conflict"),
     IdempotencyConflict: Reply(409, "state_conflict"),

@@ -248,6 +248,25 @@ class StreamDeleted(Body):
     purged_frames: int
 
 
+# Events
+
+
+class EventBody(Body):
+    """Something that changed: a stream's `state`, `reason` and `since`, a video's `status`, `progress` and `error`."""
+
+    id: str = Field(description="Send the last one as `Last-Event-ID` to go on from there.")
+    object: Literal["event"] = "event"
+    type: Literal["stream.state", "video.status"]
+    created_at: str
+    source_id: str
+    state: StreamState | None = None
+    reason: str | None = None
+    since: str | None = None
+    status: Literal["queued", "processing", "ready", "failed"] | None = None
+    progress: float | None = None
+    error: str | None = None
+
+
 # Videos
 
 

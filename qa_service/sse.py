@@ -1,4 +1,4 @@
-"""Answers as server-sent events."""
+"""Server-sent events: answers, and the form of all events."""
 
 import asyncio
 import contextlib
@@ -51,7 +51,7 @@ async def write_events(
     """
     waiting: asyncio.Task[AnswerEvent] | None = None
     try:
-        yield _event(_NAMES[type(first)], first.model_dump_json())
+        yield write_event(_NAMES[type(first)], first.model_dump_json())
         while True:
             waiting = waiting or asyncio.create_task(_next(rest))
             await asyncio.wait({waiting}, timeout=ping_s)
@@ -64,12 +64,12 @@ async def write_events(
                 break
             finally:
                 waiting = None
-            yield _event(_NAMES[type(event)], event.model_dump_json())
+            yield write_event(_NAMES[type(event)], event.model_dump_json())
         yield DONE
     except Exception as error:
         if not is_known(error):
             logger.exception("%s: answering failed", request_id)
-        yield _event("error", json.dumps(tell(error, request_id).body))
+        yield write_event("error", json.dumps(tell(error, request_id).body))
         yield DONE
     finally:
         if waiting is not None:
@@ -83,5 +83,6 @@ async def _next(events: AsyncGenerator[AnswerEvent, None]) -> AnswerEvent:
     return await anext(events)
 
 
-def _event(name: str, data: str) -> str:
-    return f"event: {name}\ndata: {data}\n\n"
+def write_event(name: str, data: str, event_id: str | None = None) -> str:
+    """Write one event; `event_id` is what a client that lost its connection goes on from."""
+    return ("" if event_id is None else f"id: {event_id}\n") + f"event: {name}\ndata: {data}\n\n"

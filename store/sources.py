@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr
 from redis.asyncio import Redis
 
 from store.cipher import Cipher
+from store.events import Events
 from store.gaps import Gap as Gap
 from store.gaps import Gaps
 from store.leases import Leases, lease_key
@@ -235,10 +236,10 @@ if ARGV[2] == '' then redis.call('ZADD', KEYS[2], redis.call('INCR', KEYS[3]), i
 return {'done'}
 """
 
+# Returns whether it was written, and the status before.
 _SET_STATUS = """
-if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then return 0 end
-redis.call('SET', KEYS[2], ARGV[2])
-return 1
+if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then return {0, ''} end
+return {1, redis.call('GETSET', KEYS[2], ARGV[2]) or ''}
 """
 
 
@@ -250,6 +251,7 @@ class Sources:
         self._cipher = cipher
         self._leases = Leases(redis)
         self._gaps = Gaps(redis)
+        self._events = Events(redis)
         self._replace = redis.register_script(_REPLACE)
         self._set_status = redis.register_script(_SET_STATUS)
 
@@ -265,6 +267,7 @@ class Sources:
         )
         secret = None if new.password is None else self._cipher.encrypt(new.password.get_secret_value())
         await self._replace_stream(None, _StreamRecord(stream=stream, secret=secret))
+        await self._tell_stream(stream.id, _waiting(stream, stream.created_at))
         return stream
 
     async def get_stream(self, stream_id: str) -> Stream:
@@ -377,7 +380,10 @@ class Sources:
 
     async def set_status(self, stream_id: str, epoch: int, status: StreamStatus) -> bool:
         """Note what the owner reports; False, and nothing noted, if the epoch is stale."""
-        return await self._note(stream_id, epoch, status)
+        noted, before = await self._note(stream_id, epoch, status)
+        if noted and (before is None or _state(status) != _state(StreamStatus.model_validate_json(before))):
+            await self._tell_stream(stream_id, status)
+        return noted
 
     # videos
 
@@ -388,6 +394,7 @@ class Sources:
         record = _VideoRecord(id=f"vid_{uuid4().hex[:12]}", new=new, created_at=time.time())
         await self._redis.sadd(_UNFINISHED, record.id)
         await self._replace_video(None, record)
+        await self._tell_video(record.id, VideoStatus())
         return record.video(VideoStatus())
 
     async def get_video(self, video_id: str) -> Video:
@@ -413,9 +420,11 @@ class Sources:
 
     async def set_video_status(self, video_id: str, epoch: int, status: VideoStatus) -> bool:
         """Note what the owner reports; False, and nothing noted, if the epoch is stale."""
-        noted = await self._note(video_id, epoch, status)
+        noted, before = await self._note(video_id, epoch, status)
         if noted and status.status in ("ready", "failed"):
             await self._redis.srem(_UNFINISHED, video_id)
+        if noted and (before is None or status.status != VideoStatus.model_validate_json(before).status):
+            await self._tell_video(video_id, status)
         return noted
 
     async def delete_video(self, video_id: str) -> None:
@@ -566,11 +575,23 @@ class Sources:
 
     async def _wait_anew(self, stream: Stream) -> None:
         """Set the status that a stream has without an owner, from now on."""
-        await self._redis.set(_status_key(stream.id), _waiting(stream, time.time()).model_dump_json())
+        status = _waiting(stream, time.time())
+        await self._redis.set(_status_key(stream.id), status.model_dump_json())
+        await self._tell_stream(stream.id, status)
 
-    async def _note(self, source_id: str, epoch: int, status: BaseModel) -> bool:
+    async def _note(self, source_id: str, epoch: int, status: BaseModel) -> tuple[bool, bytes | None]:
+        """Write a status unless the epoch is stale; return whether it was written, and the one before."""
         keys = [lease_key(source_id), _status_key(source_id)]
-        return bool(await self._set_status(keys, [epoch, status.model_dump_json()]))
+        written, before = await self._set_status(keys, [epoch, status.model_dump_json()])
+        return bool(written), before or None
+
+    async def _tell_stream(self, stream_id: str, status: StreamStatus) -> None:
+        facts = status.model_dump(include={"state", "reason", "since"})
+        await self._events.add("stream.state", stream_id, facts)
+
+    async def _tell_video(self, video_id: str, status: VideoStatus) -> None:
+        facts = status.model_dump(include={"status", "progress", "error"})
+        await self._events.add("video.status", video_id, facts)
 
     async def _page(
         self,
@@ -630,6 +651,10 @@ def _parse(kind: type[_Record], raw: bytes | None) -> _Record | None:
 
 def _status_key(source_id: str) -> str:
     return f"st:{{{source_id}}}"
+
+
+def _state(status: StreamStatus) -> tuple[str, str | None]:
+    return status.state, status.reason
 
 
 def _waiting(stream: Stream, since: float) -> StreamStatus:

@@ -37,6 +37,7 @@ from qa_service.clock import write_stream_time
 from qa_service.control import SourceControl
 from qa_service.coverage import RangeReader
 from qa_service.errors import BadUrl, UnsupportedMedia
+from qa_service.feed import Feed
 from qa_service.finder import Finder
 from qa_service.health import Readiness
 from qa_service.keys import RateLimit
@@ -47,6 +48,7 @@ from qa_service.viewer import Viewer
 from store.cipher import Cipher
 from store.connection import StoreRedis
 from store.counters import Counters
+from store.events import Events
 from store.gaps import Gaps
 from store.idempotency import Idempotency
 from store.keyframes import Keyframes
@@ -249,6 +251,7 @@ async def open_parts(
         finder=Finder(reader, compressor, moments),
         questions=answerer,
         describe=describe,
+        feed=Feed(Events(redis), ping_s=api.sse_ping_s),
         readiness=Readiness({"redis": ping}, api.probe_timeout_s),
         metrics=Metrics(sources, Counters(redis)),
         counters=Counters(redis),

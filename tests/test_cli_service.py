@@ -1,77 +1,28 @@
 """The command line and its client against the REST surface over real HTTP, Redis, model and keyframes."""
 
-import asyncio
 import hashlib
 import json
-import socket
-import threading
-from collections.abc import Callable, Coroutine, Iterator
-from concurrent.futures import Future
-from contextlib import contextmanager
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 from PIL import Image
 
 from deploy.cli import run_command
 from deploy.client import Answer, Cited, Client, Completed, Created, Delta, Question, Range, Video
 from deploy.sample_clip import write_sample_clip
 from qa_service.settings import ApiKey, ApiSettings
-from store.connection import connect
 from store.gaps import Gap
-from store.sources import VideoStatus
-from tests.ingest_parts import LOCAL, simulated_camera
-from tests.qa_parts import Parts, open_parts
+from store.sources import NewStream, VideoStatus
+from tests.ingest_parts import simulated_camera
+from tests.qa_http import serving
 from tests.untrained import write_untrained_checkpoint
-
-DEADLINE_S = 60
-
-
-class Service:
-    """The REST surface on a port of this machine; `do` runs something beside it, in its event loop."""
-
-    def __init__(self, url: str, parts: Parts, loop: asyncio.AbstractEventLoop) -> None:
-        self.url = url
-        self.parts = parts
-        self._loop = loop
-
-    def do(self, work: Coroutine[Any, Any, Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(DEADLINE_S)
-
-
-@contextmanager
-def serving(redis_url: str, checkpoint: Path, folder: Path, api: ApiSettings) -> Iterator[Service]:
-    up: Future[tuple[Service, uvicorn.Server]] = Future()
-
-    async def serve() -> None:
-        async with connect(redis_url) as redis:
-            await redis.flushdb()
-            async with open_parts(redis, checkpoint, folder, api=api, allowed_networks=LOCAL) as parts:
-                listening = socket.create_server(("127.0.0.1", 0))  # connections wait in its queue until it is served
-                url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-                server = uvicorn.Server(uvicorn.Config(parts.api, log_level="error", ws="none", lifespan="off"))
-                up.set_result((Service(url, parts, asyncio.get_running_loop()), server))
-                await server.serve(sockets=[listening])
-
-    def run() -> None:
-        try:
-            asyncio.run(serve())
-        except BaseException as error:
-            if not up.done():
-                up.set_exception(error)
-            raise
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    service, server = up.result(DEADLINE_S)
-    try:
-        yield service
-    finally:
-        server.should_exit = True
-        thread.join(DEADLINE_S)
 
 
 @pytest.fixture(scope="module")
@@ -301,6 +252,21 @@ def test_moments_are_found(tokenline, video):
     assert all(one["source_id"] == video.id for one in found)
     assert video.id in tokenline("search", "a red car", "--video", video.id)[1]
     assert tokenline("search", "a red car", "--video", video.id, "--min-score", "1")[:2] == (0, "nothing found\n")
+
+
+def test_events_are_printed_as_they_come_until_interrupted(service):
+    stream = service.do(service.parts.sources.create_stream(NewStream(name="hall", url="rtsp://203.0.113.7/hall")))
+    command = [Path(sys.executable).with_name("tokenline"), "events", "--type", "stream.state"]
+    environment = {**os.environ, "TOKENLINE_URL": service.url}
+    with subprocess.Popen(
+        [*command, "--after", "0-0"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as following:
+        assert following.stdout is not None
+        lines = iter(following.stdout.readline, "")
+        assert any(stream.id in line and "stream.state  connecting: waiting" in line for line in lines)
+        following.send_signal(signal.SIGINT)
+        assert following.communicate(timeout=20)[1] == ""
+        assert following.returncode == 130
 
 
 def test_health_and_model_are_told(tokenline, service):
