@@ -72,6 +72,7 @@ class StreamHealth(_Read):
     reconnects_1h: int = 0
     frames_1h: int = 0
     next_retry_at: str | float | None = None
+    clock: str | None = None
 
 
 class StreamProbe(_Read):

@@ -59,7 +59,8 @@ class Missing:
 class CameraReport:
     """How a camera is doing. Times are unix seconds; `lag_s` is capture to durable for the newest frame.
 
-    `reconnects_1h` and `frames_1h` count the last hour, `dropped_frames` everything shed since the claim.
+    `clock` says whether the camera's own clock gave the times of its frames, or their arrival. `reconnects_1h` and
+    `frames_1h` count the last hour, `dropped_frames` everything shed since the claim.
     """
 
     state: CameraState
@@ -71,6 +72,7 @@ class CameraReport:
     frames_1h: int
     dropped_frames: int
     next_retry_at: float | None
+    clock: Literal["camera", "arrival"]
 
 
 @dataclass(frozen=True, slots=True)

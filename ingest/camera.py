@@ -88,7 +88,7 @@ class CameraSession:
     """Opens a camera once and yields the pictures of new slots until the connection is lost.
 
     `halt` ends it at the next packet; `beat` is called whenever something arrives. `damaged` counts the packets that
-    could not be decoded; `codec` is known with the first picture.
+    could not be decoded, `clock` says whose clock gave the times; `codec` is known with the first picture.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class CameraSession:
         self._settings = settings
         self._halt = halt
         self._beat = beat
-        self._clock = CaptureClock()
+        self.clock = CaptureClock()
         self._gate = PacketGate(sampler)
 
     def pictures(self) -> Generator[Picture]:
@@ -156,12 +156,12 @@ class CameraSession:
             for packet in container.demux(stream):
                 if self._halt.is_set() or packet.size == 0:  # empty packets flush decoders: the camera is gone
                     return
-                arrived = time.time()
+                arrived, monotonic = time.time(), time.monotonic()
                 self._beat()
                 time_s = None
                 if packet.pts is not None:
                     stream_time = float(packet.pts * packet.time_base)
-                    time_s = self._clock.observe(stream_time, arrived, _start_realtime(container))
+                    time_s = self.clock.observe(stream_time, arrived, monotonic, _start_realtime(container))
                 yield packet, time_s
         except (FFmpegError, OSError) as error:
             fault = _fault(error)
@@ -182,7 +182,7 @@ class CameraSession:
         for image in images:
             if image.pts is None:
                 continue
-            time_s = self._clock.wall(float(image.pts * packet.time_base), start_realtime)
+            time_s = self.clock.wall(float(image.pts * packet.time_base), start_realtime)
             pick = None if time_s is None else self._sampler.offer(time_s)
             if pick is not None:
                 yield Picture(pick.slot, pick.time_s, image)

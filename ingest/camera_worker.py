@@ -12,6 +12,7 @@ from ingest.address import BadUrl, public_url
 from ingest.assignment import Assignment, Camera, CameraReport, CameraState, Missing, MissingReason
 from ingest.backoff import Backoff, HourCount
 from ingest.camera import CameraAuthFailed, CameraFault, CameraPathNotFound, CameraSession, Picture
+from ingest.clock import CaptureClock
 from ingest.frame import Frame
 from ingest.keyframe import KeyframeMaker, jpeg
 from ingest.picture_watch import PictureWatch
@@ -64,6 +65,7 @@ class CameraWorker:
         self._next_retry_at: float | None = None
         self._trouble: tuple[float, str] | None = None
         self._wrong: str | None = None  # with the newest picture
+        self._clock = CaptureClock()
 
     @property
     def is_over(self) -> bool:
@@ -125,6 +127,7 @@ class CameraWorker:
                 frames_1h=self._frames.total(now),
                 dropped_frames=self._dropped,
                 next_retry_at=self._next_retry_at,
+                clock=self._clock.source,
             )
 
     def supervise(self, monotonic: float) -> None:
@@ -170,6 +173,7 @@ class CameraWorker:
         session = CameraSession(self._camera, sampler, self._settings, reading.halt, beat)
         maker, watch = KeyframeMaker(self._size_px), PictureWatch(self._settings.frozen_s)
         damaged: int | None = None  # None until the first picture
+        self._clock = session.clock
         try:
             with closing(session.pictures()) as pictures:
                 for picture in pictures:
@@ -244,8 +248,12 @@ class CameraWorker:
         """Choose between online and degraded; other states stay as they are."""
         if self._state not in ("online", "degraded"):
             return
-        silent_s = time.monotonic() - self._last_picture_at
-        if silent_s > 2 + 3 / self.assignment.fps:
+        silent_s, jumped = time.monotonic() - self._last_picture_at, self._clock.jumped
+        if jumped is not None and time.monotonic() - jumped[0] < TROUBLE_S:
+            self._set("degraded", jumped[1])
+        elif silent_s > 2 and self._last_slot is not None and self._last_slot > slot_of(now, self.assignment.fps) + 1:
+            self._set("degraded", "waiting for a time that is not in memory yet: a clock was ahead before")
+        elif silent_s > 2 + 3 / self.assignment.fps:
             self._set("degraded", "no new picture for several slots")
         elif self._trouble is not None and now - self._trouble[0] < TROUBLE_S:
             self._set("degraded", self._trouble[1])

@@ -174,6 +174,7 @@ class SourceControl:
             reconnects_1h=status.reconnects_1h,
             frames_1h=status.frames_1h,
             next_retry_at=_optional_time(status.next_retry_at),
+            clock=status.clock,
         )
 
     # Videos

@@ -212,6 +212,9 @@ class StreamHealth(Body):
     reconnects_1h: int
     frames_1h: int
     next_retry_at: str | None
+    clock: Literal["camera", "arrival"] | None = Field(
+        description="What gives the times of frames: the camera's own clock, or else their arrival."
+    )
 
 
 class StreamBody(Body):

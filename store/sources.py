@@ -133,6 +133,7 @@ class StreamStatus(_Frozen):
     frames_1h: int = 0
     dropped_frames: int = 0
     next_retry_at: float | None = None
+    clock: Literal["camera", "arrival"] | None = None
 
 
 class NewVideo(_Frozen):

@@ -62,6 +62,7 @@ async def test_a_stream_is_registered_shown_listed_changed_and_deleted(client):
         "reconnects_1h",
         "frames_1h",
         "next_retry_at",
+        "clock",
     }
 
     assert (await client.delete(path)).json() == {"id": stream["id"], "deleted": True, "purged_frames": 0}

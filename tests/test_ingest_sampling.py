@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from ingest.backoff import Backoff, HourCount
 from ingest.camera import PacketGate
-from ingest.clock import CaptureClock
+from ingest.clock import CLOCK_WAS_SET, STAMPS_JUMPED, STAMPS_STAND, CaptureClock
 from ingest.sampler import Sampler, milliseconds, slot_of
 
 
@@ -14,6 +14,17 @@ def picked(times: list[float | None], fps: float = 1.0, **options: object) -> li
     sampler = Sampler(fps, **options)
     picks = [sampler.offer(time) for time in times]
     return [(pick.slot, pick.time_s) for pick in picks if pick is not None]
+
+
+def observe(
+    clock: CaptureClock,
+    time_s: float,
+    arrived: float,
+    start_realtime: float | None,
+    monotonic: float | None = None,
+) -> float:
+    """`monotonic` is what arrival would be had nobody set this machine's clock."""
+    return clock.observe(time_s, arrived, arrived if monotonic is None else monotonic, start_realtime)
 
 
 def test_the_first_picture_of_each_slot_is_taken():
@@ -57,33 +68,90 @@ def test_slots_rise_and_every_pick_lies_in_its_slot(times, fps):
 
 def test_the_clock_of_the_camera_is_taken_when_it_is_plausible():
     clock = CaptureClock()
-    assert clock.observe(10.0, arrived=1000.3, start_realtime=None) == pytest.approx(1000.3)
-    assert clock.observe(11.0, arrived=1001.4, start_realtime=990.0) == pytest.approx(1001.0)
+    assert observe(clock, 10.0, arrived=1000.3, start_realtime=None) == pytest.approx(1000.3)
+    assert observe(clock, 11.0, arrived=1001.4, start_realtime=990.0) == pytest.approx(1001.0)
 
 
 def test_a_camera_clock_that_is_wrong_is_not_believed():
     clock = CaptureClock()
-    assert clock.observe(10.0, arrived=1000.0, start_realtime=500.0) == pytest.approx(1000.0)
-    assert clock.observe(11.0, arrived=1001.0, start_realtime=990.5) == pytest.approx(1001.0)
+    assert observe(clock, 10.0, arrived=1000.0, start_realtime=500.0) == pytest.approx(1000.0)
+    assert observe(clock, 11.0, arrived=1001.0, start_realtime=990.5) == pytest.approx(1001.0)
 
 
 def test_late_packets_do_not_move_the_clock():
     clock = CaptureClock()
-    clock.observe(10.0, arrived=1000.0, start_realtime=None)
-    assert clock.observe(11.0, arrived=1003.0, start_realtime=None) == pytest.approx(1001.0, abs=0.01)
+    observe(clock, 10.0, arrived=1000.0, start_realtime=None)
+    assert observe(clock, 11.0, arrived=1003.0, start_realtime=None) == pytest.approx(1001.0, abs=0.01)
 
 
 def test_a_jump_of_the_time_stamps_anchors_anew():
     clock = CaptureClock()
-    clock.observe(10.0, arrived=1000.0, start_realtime=None)
-    assert clock.observe(60.0, arrived=1001.0, start_realtime=None) == pytest.approx(1001.0)
-    assert clock.observe(40.0, arrived=1002.0, start_realtime=None) == pytest.approx(1002.0)
+    observe(clock, 10.0, arrived=1000.0, start_realtime=None)
+    assert observe(clock, 60.0, arrived=1001.0, start_realtime=None) == pytest.approx(1001.0)
+    assert observe(clock, 40.0, arrived=1002.0, start_realtime=None) == pytest.approx(1002.0)
+
+
+def test_whose_clock_gave_the_time_is_told():
+    clock = CaptureClock()
+    observe(clock, 10.0, arrived=1000.3, start_realtime=None)
+    assert clock.source == "arrival"
+    observe(clock, 11.0, arrived=1001.4, start_realtime=990.0)
+    assert clock.source == "camera"
+    assert clock.jumped is None
+
+
+@pytest.mark.parametrize("step_s", [50.0, -50.0, 3600.0])
+@pytest.mark.parametrize("start_realtime", [None, 990.0])
+def test_a_clock_of_this_machine_that_is_set_is_followed_and_named(step_s, start_realtime):
+    clock = CaptureClock()
+    for second in range(30):
+        observe(clock, 10.0 + second, 1000.0 + second, start_realtime, 1000.0 + second)
+    after = [
+        observe(clock, 10.0 + second, 1000.0 + second + step_s, start_realtime, 1000.0 + second)
+        for second in range(30, 40)
+    ]
+    assert after == pytest.approx([1000.0 + second + step_s for second in range(30, 40)], abs=0.1)
+    assert clock.jumped == (1030.0, CLOCK_WAS_SET)
+
+
+def test_jumps_of_time_stamps_are_named_and_stalls_are_none():
+    clock = CaptureClock()
+    observe(clock, 10.0, 1000.0, None)
+    observe(clock, 40.0, 1030.0, None)  # nothing came for half a minute
+    assert clock.jumped is None
+    observe(clock, 90.0, 1031.0, None)
+    assert clock.jumped == (1031.0, STAMPS_JUMPED)
+
+
+def test_time_stamps_that_stand_still_give_way_to_arrival():
+    clock = CaptureClock()
+    for second in range(10):
+        observe(clock, 10.0 + second, 1000.0 + second, 990.0)
+    arrivals = [1009.0 + number / 4 for number in range(1, 100)]
+    stood = [observe(clock, 19.0, arrived, 990.0) for arrived in arrivals]
+    assert stood[:12] == [1009.0] * 12
+    assert stood[12:] == pytest.approx(arrivals[12:])
+    assert clock.jumped == (arrivals[-1], STAMPS_STAND)
+    assert clock.source == "arrival"
+    again = [observe(clock, 19.0 + second, arrivals[-1] + second, 990.0) for second in range(1, 10)]
+    assert again == pytest.approx([arrivals[-1] + second for second in range(1, 10)], abs=0.1)
+    assert clock.jumped == (arrivals[-1], STAMPS_STAND)
+
+
+def test_pictures_shown_out_of_order_do_not_stand_still():
+    clock = CaptureClock()
+    for second in range(20):
+        for ahead in (1.0, 0.0, 0.5):
+            observe(clock, second + ahead, 1000.0 + second, None)
+    for late in (20.5, 20.25, 21.0):  # the first after a pause
+        observe(clock, late, 1030.0, None)
+    assert clock.jumped is None
 
 
 def test_a_slow_crystal_is_followed_for_hours():
     clock = CaptureClock()
     for second in range(4 * 3600):
-        wall = clock.observe(second * (1 - 1e-4), arrived=1000.0 + second, start_realtime=None)
+        wall = observe(clock, second * (1 - 1e-4), arrived=1000.0 + second, start_realtime=None)
     assert wall == pytest.approx(1000.0 + second, abs=0.1)
 
 

@@ -12,6 +12,7 @@ import pytest
 from ingest.archive_worker import ArchiveWorker
 from ingest.assignment import Archive, ArchiveReport, Assignment, Camera, CameraReport
 from ingest.camera_worker import CameraWorker
+from ingest.clock import STAMPS_JUMPED, STAMPS_STAND
 from ingest.frame import Frame
 from ingest.service import IngestService, IngestUnhealthy
 from tests.ingest_parts import (
@@ -180,6 +181,25 @@ async def test_a_camera_that_shows_nothing_live_is_degraded_until_it_does(tmp_pa
             await until(lambda: len(sink.frames) >= kept + 2)  # what it shows is remembered all the same
             cam.suffer("clear")
             await until(lambda: told()[0] == "online")
+
+
+@pytest.mark.parametrize(("seconds", "reason"), [("50", STAMPS_JUMPED), ("-20", STAMPS_STAND)])
+async def test_a_camera_whose_times_jump_is_read_on_and_says_so(tmp_path, seconds, reason):
+    with simulated_camera("--gop", "12") as cam:
+        desk, sink = MemoryDesk(camera(cam.url)), MemorySink(size_px=336)
+        async with running(desk, sink, tmp_path):
+            await until(lambda: len(sink.frames) >= 2)
+            cam.suffer(f"ptsjump:{seconds}")  # to before its start: then they stand at 0
+            await until(lambda: reason in {report.reason for report in desk.reports["str_cam"]})
+            kept = len(sink.frames)
+            await until(lambda: len(sink.frames) >= kept + 3)
+            report = desk.last("str_cam")
+    slots = sink.slots("str_cam")
+    assert slots == sorted(set(slots))
+    assert sorted([*slots, *desk.missing_slots("str_cam")]) == list(range(slots[0], slots[-1] + 1))
+    assert all(abs(frame.time_ms / 1000 - time.time()) < 60 for frame in sink.frames)
+    assert isinstance(report, CameraReport)
+    assert report.clock in ("camera", "arrival")
 
 
 async def test_stopping_is_quick_even_while_a_camera_stalls(tmp_path):

@@ -1,6 +1,6 @@
 """What one vision token a picture costs in accuracy, and what pre-fusion gives back: the paper's central claim.
 
-    python -m tests.benchmarks.bench_tokens [RUN] [--seeds 0 1 2] [--scenes 400] [--alignment 1000] [--tuning 3000]
+    python -m tests.benchmarks.bench_tokens [RUN] [--seeds 0 1 2] [--scenes 400] [--alignment 400] [--tuning 800]
 
 RUN is a folder of `tokenline train` whose stages `tower` and `language` are done; without one it is `schooled` beside
 this file, which holds what these stages of the embedded model left. From there three models learn side by side, from
@@ -11,7 +11,7 @@ puts all 49 projected patches of a picture before the language model, `token` th
 
 `accuracy` is over one question of every family to each of the test scenes of every seed, `low` to `high` its 95 %
 interval over scenes, `seeds` the accuracy of each seed. `ratio` is the accuracy against that of `patches`. A seed takes
-an hour or two on one core, and is kept in runs/one-token-SEED: the same command goes on after a stop.
+about an hour on one core, and is kept in runs/one-token-SEED: the same command goes on after a stop.
 """
 
 import argparse
@@ -261,8 +261,8 @@ def main() -> None:
     parser.add_argument("run", type=Path, nargs="?", default=Path(__file__).parent / "schooled")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--scenes", type=int, default=400)
-    parser.add_argument("--alignment", type=int, default=1000)
-    parser.add_argument("--tuning", type=int, default=3000)
+    parser.add_argument("--alignment", type=int, default=400)
+    parser.add_argument("--tuning", type=int, default=800)
     options = parser.parse_args()
     rights: defaultdict[tuple[Group, Vision], dict[int, list[tuple[str, bool]]]] = defaultdict(dict)
     for seed in options.seeds:
