@@ -58,6 +58,14 @@ class Events:
         rows: Any = await self._redis.xrange(_LOG, f"({_checked(event_id)}", "+", count=limit)
         return [Event(id=number.decode(), **json.loads(fields[b"event"])) for number, fields in rows]
 
+    async def drop(self, source_id: str) -> None:
+        """Remove what the log tells of a source."""
+        after = BEFORE_ALL
+        while events := await self.after(after, limit=1000):
+            after = events[-1].id
+            if told := [event.id for event in events if event.source_id == source_id]:
+                await self._redis.xdel(_LOG, *told)
+
     async def is_cut(self, event_id: str) -> bool:
         """Tell whether events behind an id are no longer in the log. Raises BadEventId."""
         wanted = _order(_checked(event_id))

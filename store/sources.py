@@ -474,6 +474,7 @@ class Sources:
     async def forget(self, source_id: str) -> None:
         """Remove the last trace of a deleted source from the registry, once its memory is erased."""
         await self._gaps.drop(source_id)
+        await self._events.drop(source_id)
         async with self._redis.pipeline(transaction=False) as pipe:
             pipe.delete(_status_key(source_id))
             pipe.delete(lease_key(source_id))  # without a lease every epoch is stale

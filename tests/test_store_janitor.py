@@ -14,6 +14,7 @@ from pydantic import SecretStr
 
 from store.cipher import Cipher
 from store.connection import StoreRedis, StoreUnavailable
+from store.events import BEFORE_ALL, Events
 from store.format import TokenFormat
 from store.janitor import Janitor, SweepReport
 from store.keyframes import Keyframes
@@ -99,7 +100,8 @@ async def test_a_purge_is_finished_whoever_began_it(store, redis):
     assert (await store.janitor.sweep()).keyframes == 1
     while await store.sources.everything():
         await store.janitor.sweep()
-    assert [key for key in await redis.keys("*") if b"{sources}" not in key] == []
+    assert [key for key in await redis.keys("*") if b"{sources}" not in key] == [b"events"]
+    assert await Events(redis).after(BEFORE_ALL) == []
     assert os.listdir(store.settings.segments_root) == []  # noqa: PTH208 - one call, not worth a thread
 
 
