@@ -2,6 +2,7 @@
 #   make demo            the whole way of a picture, camera to answer, then stop
 #   make run             keep the service up on this machine
 #   make test check      the tests; format, lint, types, import contracts
+#   make corpus          2,000 damaged files through ingest, and how each of them ended (about 15 minutes)
 #   make bench           measurements into tests/benchmarks/RESULTS.md
 # PYTHON=python3.12 picks the interpreter. TORCH_INDEX=https://download.pytorch.org/whl/cpu takes torch's smaller CPU build.
 
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 PYTHON ?=
 TORCH_INDEX ?=
 
-.PHONY: demo run test check bench clean
+.PHONY: demo run test check corpus bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/service.stamp
@@ -27,6 +28,9 @@ check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+corpus: $(VENV)/dev.stamp
+	$(BIN)/python -m tests.malformed --files 2000 --seed 1 --at-once 4
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python -m tests.benchmarks

@@ -24,6 +24,7 @@ from deploy.remote import (
     RemoteMoments,
     RemoteQuestions,
     plain_errors,
+    sentence,
 )
 from deploy.settings import IngestScaling, LoadScaling, Scaling, ServeSettings, Settings
 from ingest.address import AddressPolicy, check_camera_url, check_download_url
@@ -235,7 +236,7 @@ class Gateway:
         counters = Counters(redis)
         uploads = settings.store.uploads_dir
         await asyncio.to_thread(uploads.mkdir, parents=True, exist_ok=True)
-        addresses = _Addresses(AddressPolicy(settings.ingest.allowed_networks))
+        addresses = Addresses(AddressPolicy(settings.ingest.allowed_networks))
         self._settings = settings.api
         self._services = Services(
             control=SourceControl(
@@ -247,7 +248,7 @@ class Gateway:
                 max_upload_bytes=settings.api.max_upload_bytes,
                 check_camera_url=addresses.camera,
                 check_download_url=addresses.download,
-                probe=_Files(Sandbox(settings.ingest)),
+                probe=FirstLook(Sandbox(settings.ingest)),
                 probe_camera=RemoteCameras(ingest),
             ),
             viewer=Viewer(reader, timeline, keyframes),
@@ -284,7 +285,7 @@ class Caretaker:
         await asyncio.gather(self._task, return_exceptions=True)
 
 
-class _Addresses:
+class Addresses:
     """The address check of ingest, in the errors of the REST surface."""
 
     def __init__(self, policy: AddressPolicy) -> None:
@@ -303,7 +304,7 @@ class _Addresses:
             raise BadUrl(str(error), param="url") from None
 
 
-class _Files:
+class FirstLook:
     """The first look at an uploaded file, in the errors of the REST surface."""
 
     def __init__(self, sandbox: Sandbox) -> None:
@@ -313,7 +314,8 @@ class _Files:
         try:
             return self._sandbox.archive(path).duration_s
         except NoVideo as error:
-            raise UnsupportedMedia(str(error), param="file") from None
+            hint = "Send one video file, such as MP4, MKV or WebM, that plays to its end elsewhere."
+            raise UnsupportedMedia(f"{sentence(error)}. {hint}", param="file") from None
 
 
 def _probes(

@@ -101,11 +101,13 @@ class Video(_Read):
     eta_s: float | None = None
     duration_s: float | None = None
     error: str | dict[str, Any] | None = None
+    damage: dict[str, Any] | None = None
 
     @property
     def reason(self) -> str | None:
-        """Why the video failed."""
-        return str(self.error.get("message", self.error)) if isinstance(self.error, dict) else self.error
+        """Why the video failed, or what is missing from it."""
+        told = self.error if self.error is not None else self.damage
+        return str(told.get("message", told)) if isinstance(told, dict) else told
 
 
 class Deleted(_Read):

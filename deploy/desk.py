@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import PurePath
 
-from ingest.assignment import Archive, ArchiveReport, Assignment, Camera, CameraReport, Missing
+from ingest.assignment import Archive, ArchiveReport, Assignment, Camera, CameraReport, Damage, Missing
 from store.cipher import WrongKey
 from store.leases import Leases
 from store.sources import Gap, SourceNotFound, Sources, Stream, StreamStatus, Video, VideoStatus
@@ -30,11 +30,15 @@ class StoreDesk:
         """Return how many sources wait for an owner."""
         return len(await self._leases.unowned(source.id for source in await self._sources.claimable()))
 
-    async def claim(self, owner: str, room: int) -> Sequence[Assignment]:
-        claimable = [source.id for source in await self._sources.claimable()]
+    async def claim(self, owner: str, room: int, archives: int) -> Sequence[Assignment]:
+        claimable = await self._sources.claimable()
         # Another order for every owner: replicas that start together do not all race for the same sources.
-        ids = random.sample(claimable, len(claimable))
-        epochs = await self._leases.acquire_many(ids, owner, self._lease_s, limit=room)
+        random.shuffle(claimable)
+        streams = [source.id for source in claimable if isinstance(source, Stream)]
+        videos = [source.id for source in claimable if isinstance(source, Video)]
+        epochs = await self._leases.acquire_many(streams, owner, self._lease_s, limit=room)
+        room = min(archives, room - len(epochs))
+        epochs |= await self._leases.acquire_many(videos, owner, self._lease_s, limit=room)
         if not epochs:
             return []
         # Read again, now that every change will take the lease from us: the first reading may be outdated.
@@ -87,11 +91,18 @@ class StoreDesk:
             fps=source.fps,
             media=await self._camera(source) if isinstance(source, Stream) else _archive(source),
             last_slot=None if extent is None else extent[1],
+            damage=_damage(source),
         )
 
     async def _camera(self, stream: Stream) -> Camera:
         password = await self._sources.password(stream.id)
         return Camera(url=stream.url, username=stream.username, password=password, transport=stream.transport)
+
+
+def _damage(source: Stream | Video) -> Damage | None:
+    if isinstance(source, Stream) or source.damage is None:
+        return None
+    return Damage(**source.damage.model_dump())
 
 
 def _archive(video: Video) -> Archive:

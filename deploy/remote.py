@@ -172,14 +172,15 @@ def camera_errors() -> Iterator[None]:
     except BadAddress as error:
         raise BadUrl(str(error), param="url") from None
     except CameraAuthFailed as error:
-        raise RtspAuthFailed(f"{_sentence(error)}; check them.", param="username") from None
+        raise RtspAuthFailed(f"{sentence(error)}; check them.", param="username") from None
     except CameraTimeout as error:
-        raise RtspTimeout(f"{_sentence(error)}; check that it is not overloaded.", param="url") from None
+        raise RtspTimeout(f"{sentence(error)}; check that it is not overloaded.", param="url") from None
     except CameraFault as error:
-        raise RtspUnreachable(f"{_sentence(error)}.", param="url") from None
+        raise RtspUnreachable(f"{sentence(error)}.", param="url") from None
 
 
-def _sentence(error: Exception) -> str:
+def sentence(error: Exception) -> str:
+    """Return what an error says with a capital letter, as the REST surface speaks."""
     text = str(error)
     return text[:1].upper() + text[1:]
 

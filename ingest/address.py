@@ -14,7 +14,8 @@ DOWNLOAD_PORTS = {"http": 80, "https": 443}
 MAX_URL_LENGTH = 2048
 
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
-_SHARED = ipaddress.ip_network("100.64.0.0/10")  # carrier-grade NAT: neither private nor public
+# Not public though `is_global` says so: carrier-grade NAT, and the private networks that IPv6 had before fd00::/8.
+_INSIDE = (ipaddress.ip_network("100.64.0.0/10"), ipaddress.ip_network("fec0::/10"))
 
 
 class BadUrl(ValueError):
@@ -45,8 +46,8 @@ class AddressPolicy:
         ip = _plain(ipaddress.ip_address(address.partition("%")[0]))
         if any(ip.version == network.version and ip in network for network in self._networks()):
             return True
-        shared = ip.version == 4 and ip in _SHARED
-        return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_unspecified or shared)
+        inside = any(ip.version == network.version and ip in network for network in _INSIDE)
+        return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_unspecified or inside)
 
 
 async def check_camera_url(url: str, policy: AddressPolicy) -> None:

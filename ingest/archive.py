@@ -5,7 +5,7 @@ of decoding), the second decodes only what the wanted pictures need, exactly as 
 """
 
 import math
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from ingest.assignment import Missing
 from ingest.packet_index import DecodePlan, PacketIndex
 from ingest.sampler import Pick, Sampler, slot_of
+from ingest.settings import IngestSettings
 
 # One format that can name other files or addresses (playlists, ffconcat, SDP) would open them: only plain containers.
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,h264,hevc,mjpeg,ogg"
@@ -51,9 +52,27 @@ class ArchivePicture:
     image: av.VideoFrame
 
 
-def probe(path: Path, *, max_pixels: int = 8192 * 4320) -> ArchiveFacts:
+@dataclass(frozen=True, slots=True)
+class ArchiveLimits:
+    """What a file may ask for at most: pixels of a picture, seconds of video, streams beside each other."""
+
+    pixels: int = 8192 * 4320
+    video_s: float = 7 * 86400.0
+    streams: int = 64
+
+    @classmethod
+    def of(cls, settings: IngestSettings) -> "ArchiveLimits":
+        return cls(settings.max_pixels, settings.max_video_s, settings.max_streams)
+
+    def check_length(self, seconds: float) -> None:
+        """Raise UnsupportedMedia for more video than is read."""
+        if seconds > self.video_s:
+            raise UnsupportedMedia(f"the file states {seconds:.0f} s of video; at most {self.video_s:g} s are read")
+
+
+def probe(path: Path, limits: ArchiveLimits) -> ArchiveFacts:
     """Read the head of a file until its first picture. Blocks; raises UnsupportedMedia."""
-    with open_archive(path, max_pixels=max_pixels) as container:
+    with open_archive(path, limits) as container:
         stream = video_stream(container)
         for number, packet in enumerate(packets(container)):
             for image in decode(packet):
@@ -65,9 +84,10 @@ def probe(path: Path, *, max_pixels: int = 8192 * 4320) -> ArchiveFacts:
     raise UnsupportedMedia("the file holds no picture that can be decoded: it is empty, cut short or damaged")
 
 
-def open_archive(path: Path, *, max_pixels: int) -> InputContainer:
+def open_archive(path: Path, limits: ArchiveLimits) -> InputContainer:
     """Open a file without following anything it may refer to. Raises UnsupportedMedia and MemoryError."""
-    options = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
+    # FFmpeg itself stops at so many streams while it opens the file: a header may name thousands.
+    options = {"protocol_whitelist": "file", "format_whitelist": FORMATS, "max_streams": str(limits.streams)}
     reason = None
     try:
         container = av.open(f"file:{path.absolute()}", options=options)
@@ -80,14 +100,16 @@ def open_archive(path: Path, *, max_pixels: int) -> InputContainer:
     if reason is not None:
         raise UnsupportedMedia(reason)
     try:
-        stream = video_stream(container)
-        context = stream.codec_context
-        if context.width * context.height > max_pixels:
+        context = video_stream(container).codec_context
+        if context is None:
+            raise UnsupportedMedia("the video is in a codec that is not known, or its header is damaged")
+        if context.width * context.height > limits.pixels:
             raise UnsupportedMedia(
-                f"the pictures have {context.width}x{context.height} pixels; at most {max_pixels} are decoded"
+                f"the pictures have {context.width}x{context.height} pixels; at most {limits.pixels} are decoded"
             )
+        limits.check_length(duration_s(container) or 0.0)
         context.thread_count = 1  # also what makes skip_frame act on the very next packet
-        context.options = {"max_pixels": str(max_pixels)}
+        context.options = {"max_pixels": str(limits.pixels)}
     except UnsupportedMedia:
         container.close()
         raise
@@ -113,14 +135,27 @@ def duration_s(container: InputContainer) -> float | None:
     return (container.duration - max(0, container.start_time or 0)) / av.time_base or None
 
 
-def packets(container: InputContainer) -> "Iterator[Packet[VideoStream]]":
+def packets(container: InputContainer, on_damage: Callable[[], None] = lambda: None) -> "Iterator[Packet[VideoStream]]":
     """Yield the packets of the video that hold something, up to where the file ends or is cut off."""
     try:
         for packet in container.demux(video_stream(container)):
             if packet.size:  # an empty one would end the decoder, and AVI has them in the middle
                 yield packet
+    except MemoryError:
+        raise
+    except (FFmpegError, IndexError):  # PyAV's own, for a packet of a stream that came up on the way
+        on_damage()
+
+
+def decode(packet: "Packet[VideoStream]", on_damage: Callable[[], None] = lambda: None) -> list[av.VideoFrame]:
+    """Decode one packet; a damaged one yields nothing, and the file goes on behind it. Raises MemoryError."""
+    try:
+        return packet.decode()
+    except MemoryError:
+        raise
     except FFmpegError:
-        return
+        on_damage()
+        return []
 
 
 def flush(stream: VideoStream) -> list[av.VideoFrame]:
@@ -131,43 +166,51 @@ def flush(stream: VideoStream) -> list[av.VideoFrame]:
         return []
 
 
-def decode(packet: "Packet[VideoStream]") -> list[av.VideoFrame]:
-    """Decode one packet; a damaged one yields nothing, and the file goes on behind it. Raises MemoryError."""
-    try:
-        return packet.decode()
-    except MemoryError:
-        raise
-    except FFmpegError:
-        return []
-
-
 class ArchiveReader:
     """Reads the pictures of a file's slots that come after `last_slot`.
 
-    `duration_s` is the length, known once the first picture comes; `missing` grows by what the reader could not get
-    before each picture: slots whose pictures are damaged and, at last, those between the file's real and its stated
-    end. A slot in which the file simply has no picture is absent without being missing.
+    `duration_s` is the length that the file states and `held_s` what it holds of it, known once the first picture
+    comes; `is_cut` tells whether that is less. `damaged` counts the errors of reading and decoding. `missing` grows by
+    what the reader could not get before each picture: slots whose pictures are damaged, those in a hole of a steady
+    film and, at last, those between the file's real and its stated end. A slot for which a film without a steady rate
+    has no picture is absent without being missing. `beat` is called at every packet.
     """
 
-    def __init__(self, path: Path, *, fps: float, last_slot: int | None, max_pixels: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        fps: float,
+        last_slot: int | None,
+        limits: ArchiveLimits,
+        beat: Callable[[], None] = lambda: None,
+    ) -> None:
         self.duration_s: float | None = None
+        self.held_s: float | None = None
+        self.is_cut = False
+        self.damaged = 0
         self.missing: list[Missing] = []
         self._path = path
         self._fps = fps
         self._first_slot = 0 if last_slot is None else last_slot + 1
-        self._max_pixels = max_pixels
+        self._limits = limits
+        self._beat = beat
 
     def pictures(self, halt: Event) -> Generator[ArchivePicture]:
         """Yield the pictures in slot order until the end of the file or `halt`. Raises UnsupportedMedia."""
-        with open_archive(self._path, max_pixels=self._max_pixels) as container:
-            index = PacketIndex.read(video_stream(container), packets(container), halt)
-            stated_end_s = _stated_end_s(container, index.start_s)
+        with open_archive(self._path, self._limits) as container:
+            stated = _Stated.of(container)
+            found = self._beating(packets(container, self._note_damage))
+            index = PacketIndex.read(video_stream(container), found, halt)
         if halt.is_set():
             return
-        self.duration_s = max(index.end_s, stated_end_s)
+        self.held_s = index.end_s
+        self.duration_s = max(index.end_s, stated.end_s(index.start_s))
+        self.is_cut = self.duration_s - self.held_s > stated.tolerance_s
+        self._limits.check_length(self.duration_s)
         sampler = Sampler(self._fps, last_slot=self._first_slot - 1, frame_s=index.frame_s)
         plan = DecodePlan.build(index, self._fps, self._first_slot)
-        expected = self._expected(index.end_s, plan.slots)
+        expected = self._expected(index, plan.slots)
         next_slot = self._first_slot
         for pick, image in self._walk(index, plan, sampler, halt):
             self.missing += _runs(expected[slice(*np.searchsorted(expected, [next_slot, pick.slot]))])
@@ -182,7 +225,7 @@ class ArchiveReader:
     def _walk(
         self, index: PacketIndex, plan: DecodePlan, sampler: Sampler, halt: Event
     ) -> Iterator[tuple[Pick, av.VideoFrame]]:
-        with open_archive(self._path, max_pixels=self._max_pixels) as container:
+        with open_archive(self._path, self._limits) as container:
             for image in self._images(container, index, plan, halt):
                 pick = sampler.offer(None if image.pts is None else image.pts * index.tick_s)
                 if pick is not None:
@@ -193,9 +236,8 @@ class ArchiveReader:
     ) -> Iterator[av.VideoFrame]:
         """Yield what comes out of the decoder, with presentation times as in the index."""
         stream = video_stream(container)
-        for packet, needed, wanted, shift in zip(
-            packets(container), plan.needed, plan.wanted, index.shift, strict=False
-        ):
+        found = self._beating(packets(container))
+        for packet, needed, wanted, shift in zip(found, plan.needed, plan.wanted, index.shift, strict=False):
             if halt.is_set():
                 return
             if needed:
@@ -203,31 +245,58 @@ class ArchiveReader:
                     stream.codec_context.skip_frame = "DEFAULT" if wanted else "NONREF"
                 if packet.pts is not None:
                     packet.pts += int(shift)
-                yield from decode(packet)
+                yield from decode(packet, self._note_damage)
         yield from flush(stream)
 
-    def _expected(self, end_s: float, slots: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the slots that should have a picture: those that the index promises, and a tail that was cut off."""
-        stated_s = self.duration_s or 0.0
-        if stated_s - end_s > 1.5 / self._fps:
-            tail = np.arange(slot_of(end_s, self._fps), math.ceil(stated_s * self._fps - 1e-6), dtype=np.int64)
-            slots = np.union1d(slots, tail[tail >= self._first_slot])
-        return slots
+    def _beating(self, found: "Iterable[Packet[VideoStream]]") -> "Iterator[Packet[VideoStream]]":
+        for packet in found:
+            self._beat()
+            yield packet
+
+    def _note_damage(self) -> None:
+        self.damaged += 1
+
+    def _expected(self, index: PacketIndex, slots: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the slots that should have a picture: those that have one in the index, in a hole, or were cut off."""
+        spans = [
+            (math.ceil(start_s * self._fps - 1e-6), slot_of(end_s, self._fps))  # the whole slots inside
+            for start_s, end_s in index.holes()
+        ]
+        if self.is_cut:
+            spans.append((slot_of(index.end_s, self._fps), math.ceil((self.duration_s or 0) * self._fps - 1e-6)))
+        lacking = [np.arange(max(start, self._first_slot), end, dtype=np.int64) for start, end in spans]
+        return np.unique(np.concatenate([slots, *lacking]))
 
 
-def _stated_end_s(container: InputContainer, first_s: float) -> float:
-    """Return where the file says its video ends, counted from its first picture; 0 when it does not say."""
-    stream = video_stream(container)
-    if container.format.name in RAW_FORMATS:
-        return 0.0  # they hold no length: FFmpeg guesses one from the bit rate
-    if stream.duration and stream.time_base:
-        start = stream.start_time if stream.start_time is not None else round(first_s / stream.time_base)
-        return float((start + stream.duration) * stream.time_base) - first_s
-    length_s = duration_s(container)
-    if length_s is None:
-        return 0.0
-    start_s = container.start_time / av.time_base if container.start_time is not None else first_s
-    return start_s + length_s - first_s
+@dataclass(frozen=True, slots=True)
+class _Stated:
+    """When the video of a file starts and how long it is, as the file says; None where it does not.
+
+    A file that holds less by more than `tolerance_s` was cut. To be read before the packets are: FFmpeg changes what it
+    says by what it has seen.
+    """
+
+    start_s: float | None
+    length_s: float | None
+    tolerance_s: float = 0.25
+
+    @classmethod
+    def of(cls, container: InputContainer) -> "_Stated":
+        stream = video_stream(container)
+        if container.format.name in RAW_FORMATS:
+            return cls(None, None)  # they hold no length: FFmpeg guesses one from the bit rate
+        if stream.duration and stream.time_base:
+            start = None if stream.start_time is None else float(stream.start_time * stream.time_base)
+            return cls(start, float(stream.duration * stream.time_base))
+        start_s = None if container.start_time is None else container.start_time / av.time_base
+        # What is stated for all streams together may be the length of the sound.
+        return cls(start_s, duration_s(container), 0.25 if len(container.streams) == 1 else 1.5)
+
+    def end_s(self, first_s: float) -> float:
+        """Return the end counted from the first picture, which comes at `first_s`; 0 where it is not stated."""
+        if self.length_s is None:
+            return 0.0
+        return self.length_s if self.start_s is None else self.start_s + self.length_s - first_s
 
 
 def _runs(slots: NDArray[np.int64]) -> list[Missing]:

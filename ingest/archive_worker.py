@@ -1,18 +1,20 @@
-"""Brings one recorded file in: fetch it if need be, read it, hand every picture over."""
+"""Reads one recorded file in a thread: fetch it if need be, decode it, hand every picture over."""
 
 import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from threading import Event, Thread
 
 from ingest.address import AddressPolicy, BadUrl
-from ingest.archive import ArchiveReader, UnsupportedMedia
-from ingest.assignment import Archive, ArchiveReport, Assignment, Missing
+from ingest.archive import ArchiveLimits, ArchiveReader, UnsupportedMedia
+from ingest.assignment import Archive, Assignment, Missing
 from ingest.backoff import Backoff
 from ingest.download import Downloader, DownloadFailed, DownloadTooLarge
+from ingest.exchange import ArchiveNews
 from ingest.frame import Frame
 from ingest.keyframe import KeyframeMaker
 from ingest.sampler import milliseconds
@@ -24,15 +26,11 @@ DOWNLOAD_TRIES = 4
 
 
 class ArchiveWorker:
-    """Reads one file to its end, no faster than frames are taken, and is ready when all of them are durable.
-
-    `take` and `settled` are the consumer's side: frames taken, and frames that became durable.
-    """
+    """Reads one file to its end, no faster than frames are taken: `take` is the consumer's side."""
 
     def __init__(self, assignment: Assignment, settings: IngestSettings, size_px: int, upload_dir: Path) -> None:
         assert isinstance(assignment.media, Archive)
         self.assignment = assignment
-        self.stuck_threads = 0
         self._archive = assignment.media
         self._settings = settings
         self._size_px = size_px
@@ -42,19 +40,10 @@ class ArchiveWorker:
         self._thread: Thread | None = None
         self._reader: ArchiveReader | None = None
         self._queue: deque[Frame] = deque()
-        self._in_flight = 0
         self._missing: list[Missing] = []
-        self._started_at = time.monotonic()
-        self._first_progress: float | None = None
-        self._settled_s = 0.0
+        self._beat_at: float | None = None  # None while nothing is decoded
         self._is_read = False
         self._error: str | None = None
-
-    @property
-    def is_over(self) -> bool:
-        """Whether nothing is left to do: every frame is durable, or the file failed."""
-        with self._changed:
-            return self._error is not None or self._is_done()
 
     def start(self) -> None:
         self._thread = Thread(target=self._run, name=f"archive-{self.assignment.source_id}", daemon=True)
@@ -74,21 +63,8 @@ class ArchiveWorker:
         """Remove and return at most `limit` frames, in slot order."""
         with self._changed:
             frames = [self._queue.popleft() for _ in range(min(limit, len(self._queue)))]
-            self._in_flight += len(frames)
             self._changed.notify_all()
             return frames
-
-    def settled(self, frames: list[Frame], now: float) -> None:
-        """Note that frames are durable."""
-        with self._changed:
-            self._in_flight -= len(frames)
-            self._settled_s = frames[-1].time_ms / 1000
-
-    def shed(self, frames: list[Frame]) -> None:
-        """Fail: an archive gives up none of its frames in silence."""
-        with self._changed:
-            self._in_flight -= len(frames)
-            self._error = "the service could not take the pictures of the file"
 
     def take_missing(self) -> list[Missing]:
         """Remove and return the slots known to stay empty since the last call."""
@@ -96,33 +72,28 @@ class ArchiveWorker:
             missing, self._missing = self._missing, []
             return missing
 
+    def shed(self, slots: Sequence[int]) -> None:
+        """Files shed nothing."""
+
     def supervise(self, monotonic: float) -> None:
-        """Files on a disk need no watchdog."""
-
-    def report(self, now: float) -> ArchiveReport:
+        """Fail when the decoder has been at the same packet for too long; the thread is left to itself."""
+        patience_s = self._settings.look_timeout_s
         with self._changed:
-            duration_s = None if self._reader is None else self._reader.duration_s
-            if self._error is not None:
-                return ArchiveReport("failed", self._progress(duration_s), None, duration_s, self._error)
-            if self._is_done():
-                return ArchiveReport("ready", 1.0, 0.0, duration_s, None)
-            progress = self._progress(duration_s)
-            return ArchiveReport("processing", progress, self._eta_s(progress), duration_s, None)
+            if self._beat_at is not None and monotonic - self._beat_at > patience_s:
+                self._halt.set()
+                self._error = f"the file cannot be decoded: one of its pictures takes more than {patience_s:g} s"
 
-    def _is_done(self) -> bool:
-        return self._is_read and not self._queue and self._in_flight == 0
-
-    def _progress(self, duration_s: float | None) -> float:
-        return min(0.999, self._settled_s / duration_s) if duration_s else 0.0
-
-    def _eta_s(self, progress: float) -> float | None:
-        """Extrapolate from the progress since the first that was seen: a resumed file begins in the middle."""
-        if progress == 0:
-            return None
-        if self._first_progress is None:
-            self._first_progress, self._started_at = progress, time.monotonic()
-        gained = progress - self._first_progress
-        return (time.monotonic() - self._started_at) * (1 - progress) / gained if gained > 0 else None
+    def news(self, now: float) -> ArchiveNews:
+        with self._changed:
+            reader = self._reader
+            return ArchiveNews(
+                is_read=self._is_read and not self._queue,
+                duration_s=None if reader is None else reader.duration_s,
+                held_s=None if reader is None else reader.held_s,
+                is_cut=reader is not None and reader.is_cut,
+                damaged=0 if reader is None else reader.damaged,
+                error=self._error,
+            )
 
     def _run(self) -> None:
         source_id = self.assignment.source_id
@@ -132,6 +103,11 @@ class ArchiveWorker:
             error = str(failure)
         except OSError as failure:  # its text holds the path
             error = f"the file could not be read or written: {failure.strerror}"
+        except MemoryError:
+            error = (
+                f"the file asks for more memory than {self._settings.max_decoder_bytes} bytes; "
+                "TOKENLINE_INGEST__MAX_DECODER_BYTES sets the limit"
+            )
         except Exception as failure:  # the thread's last line of defence: an unforeseen file must not stay `processing`
             logger.exception("%s reading failed", source_id)
             error = f"reading failed with {type(failure).__name__}"
@@ -179,11 +155,18 @@ class ArchiveWorker:
 
     def _read(self, path: Path) -> None:
         assignment, settings = self.assignment, self._settings
-        reader = ArchiveReader(path, fps=assignment.fps, last_slot=assignment.last_slot, max_pixels=settings.max_pixels)
+        reader = ArchiveReader(
+            path,
+            fps=assignment.fps,
+            last_slot=assignment.last_slot,
+            limits=ArchiveLimits.of(settings),
+            beat=self._beat,
+        )
         with self._changed:
             self._reader = reader
         maker = KeyframeMaker(self._size_px)
         known = 0
+        self._beat()
         with closing(reader.pictures(self._halt)) as pictures:
             for picture in pictures:
                 time_ms = milliseconds(picture.time_s)
@@ -193,6 +176,7 @@ class ArchiveWorker:
                     known = len(reader.missing)
                 self._put(Frame(assignment.source_id, picture.slot, time_ms, keyframe, assignment.epoch))
         with self._changed:
+            self._beat_at = None
             if not self._halt.is_set():
                 self._missing += reader.missing[known:]
                 self._is_read = True
@@ -200,5 +184,10 @@ class ArchiveWorker:
     def _put(self, frame: Frame) -> None:
         """Queue a frame once there is room."""
         with self._changed:
+            self._beat_at = None
             self._changed.wait_for(lambda: self._halt.is_set() or len(self._queue) < self._settings.queue_frames)
             self._queue.append(frame)
+            self._beat_at = time.monotonic()
+
+    def _beat(self) -> None:
+        self._beat_at = time.monotonic()

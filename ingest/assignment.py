@@ -32,11 +32,21 @@ class Archive:
 
 
 @dataclass(frozen=True, slots=True)
+class Damage:
+    """What a file does not give: it holds `held_s` of its duration, `lost_s` have no picture, `errors` were met."""
+
+    held_s: float
+    lost_s: float
+    errors: int
+
+
+@dataclass(frozen=True, slots=True)
 class Assignment:
     """One source this process now owns.
 
     `epoch` is the lease epoch that every frame and report must carry; `fps` the slots in a second;
-    `last_slot` the newest slot that is already accounted for: work goes on after it.
+    `last_slot` the newest slot that is already accounted for: work goes on after it. `damage` is what was found of a
+    file up to there.
     """
 
     source_id: str
@@ -44,6 +54,7 @@ class Assignment:
     fps: float
     media: Camera | Archive
     last_slot: int | None = None
+    damage: Damage | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +95,14 @@ class ArchiveReport:
     eta_s: float | None
     duration_s: float | None
     error: str | None
+    damage: Damage | None
 
 
 class AssignmentDesk(Protocol):
     """Where ingest gets its work and reports. Every method raises ConnectionError while the desk is away."""
 
-    async def claim(self, owner: str, room: int) -> Sequence[Assignment]:
-        """Take the leases of at most `room` sources that nobody owns."""
+    async def claim(self, owner: str, room: int, archives: int) -> Sequence[Assignment]:
+        """Take the leases of at most `room` sources that nobody owns, at most `archives` files among them."""
 
     async def renew(self, owner: str, held: Mapping[str, int]) -> frozenset[str]:
         """Prolong the leases `held` (source id to epoch); return the ids that are no longer ours."""

@@ -8,7 +8,7 @@ process; the text of every PyAV error holds the whole URL, password included; `f
 
 import logging
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from threading import Event
@@ -28,6 +28,8 @@ from ingest.settings import IngestSettings
 logger = logging.getLogger(__name__)
 
 _WATCHED_S = 1.0
+_WAITED_S = 0.01  # a packet that took so long to get was not there before it was asked for
+_HELD_PACKETS = 250
 _FASTEST_FPS = 240.0  # of cameras: every picture has a slot of its own
 
 
@@ -146,27 +148,44 @@ class CameraSession:
         raise fault  # outside of the handler: the original error, which holds the password, is not chained
 
     def _packets(self, container: InputContainer) -> "Iterator[tuple[Packet[VideoStream], float | None]]":
-        """Yield packets with their capture time; a packet without a time stamp (often the first) has None."""
+        """Yield packets with their capture time; a packet without a time stamp (often the first) has None.
+
+        What came while the connection was opened arrives late and at once, a second and more of it. It is held until
+        the first packet that had to be waited for: only that one tells by its arrival when it was taken.
+        """
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
         stream.codec_context.options = {"max_pixels": str(self._settings.max_pixels)}
         self.codec = stream.codec_context.name
         fault: CameraFault | None = None
+        held: list[Packet[VideoStream]] = []
+        is_opening, asked = True, time.monotonic()
         try:
             for packet in container.demux(stream):
                 if self._halt.is_set() or packet.size == 0:  # empty packets flush decoders: the camera is gone
-                    return
+                    break
                 arrived, monotonic = time.time(), time.monotonic()
                 self._beat()
-                time_s = None
                 if packet.pts is not None:
-                    stream_time = float(packet.pts * packet.time_base)
-                    time_s = self.clock.observe(stream_time, arrived, monotonic, _start_realtime(container))
-                yield packet, time_s
+                    self.clock.observe(_stream_time(packet), arrived, monotonic, _start_realtime(container))
+                held.append(packet)
+                is_opening = is_opening and monotonic - asked < _WAITED_S and len(held) < _HELD_PACKETS
+                if not is_opening:
+                    yield from self._timed(held, container)
+                    held = []
+                asked = time.monotonic()
         except (FFmpegError, OSError) as error:
             fault = _fault(error)
+        yield from self._timed(held, container)
         if fault is not None:
             raise fault
+
+    def _timed(
+        self, packets: "Sequence[Packet[VideoStream]]", container: InputContainer
+    ) -> "Iterator[tuple[Packet[VideoStream], float | None]]":
+        start_realtime = _start_realtime(container)
+        for packet in packets:
+            yield packet, None if packet.pts is None else self.clock.wall(_stream_time(packet), start_realtime)
 
     def _decode(self, packet: "Packet[VideoStream]", start_realtime: float | None) -> Iterator[Picture]:
         context = packet.stream.codec_context
@@ -245,6 +264,11 @@ class PacketGate:
         spacing = max(later - earlier for earlier, later in zip(self._keys, self._keys[1:], strict=False))
         next_by = time_s + spacing + 0.05  # pictures jitter
         return 0 < spacing <= 1.05 / fps and slot_of(next_by, fps) <= slot_of(time_s, fps) + 1
+
+
+def _stream_time(packet: "Packet[VideoStream]") -> float:
+    assert packet.pts is not None
+    return float(packet.pts * packet.time_base)
 
 
 def _start_realtime(container: InputContainer) -> float | None:

@@ -4,15 +4,17 @@ import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from threading import Event, Thread
 
 from ingest.address import BadUrl, public_url
-from ingest.assignment import Assignment, Camera, CameraReport, CameraState, Missing, MissingReason
+from ingest.assignment import Assignment, Camera, CameraState, Missing, MissingReason
 from ingest.backoff import Backoff, HourCount
 from ingest.camera import CameraAuthFailed, CameraFault, CameraPathNotFound, CameraSession, Picture
 from ingest.clock import CaptureClock
+from ingest.exchange import CameraNews
 from ingest.frame import Frame
 from ingest.keyframe import KeyframeMaker, jpeg
 from ingest.picture_watch import PictureWatch
@@ -37,8 +39,8 @@ class _Reading:
 class CameraWorker:
     """Reads one camera until stopped, whatever the camera does.
 
-    `take` and `settled` are the consumer's side: frames taken, and frames that became durable. The queue drops its
-    oldest frame when it is full. No slot is ever sent twice, across all connections.
+    `take` is the consumer's side. The queue drops its oldest frame when it is full. No slot is ever sent twice, across
+    all connections.
     """
 
     def __init__(self, assignment: Assignment, settings: IngestSettings, size_px: int) -> None:
@@ -54,10 +56,7 @@ class CameraWorker:
         self._missing: list[Missing] = []
         self._last_slot = _plausible(assignment)
         self._last_picture_at = 0.0
-        self._last_frame_at: float | None = None
-        self._lag_s: float | None = None
         self._reconnects = HourCount()
-        self._frames = HourCount()
         self._dropped = 0
         self._state: CameraState = "connecting"
         self._reason: str | None = None
@@ -68,19 +67,15 @@ class CameraWorker:
         self._clock = CaptureClock()
 
     @property
-    def is_over(self) -> bool:
-        """Cameras have no end."""
-        return False
-
-    @property
     def stuck_threads(self) -> int:
         """How many reading threads were given up and still have not come back out of FFmpeg."""
         self._abandoned = [reading for reading in self._abandoned if reading.thread and reading.thread.is_alive()]
         return len(self._abandoned)
 
-    def start(self) -> None:
+    def start(self, delay_s: float = 0.0) -> None:
+        """Begin to read, after a while."""
         logger.info("%s reading %s", self.assignment.source_id, public_url(self._camera.url))
-        self._start_reading()
+        self._start_reading(delay_s)
 
     def stop(self) -> None:
         """Ask the thread to end, and return at once: a thread inside FFmpeg may need twice the read timeout."""
@@ -95,18 +90,10 @@ class CameraWorker:
         with self._lock:
             return [self._queue.popleft() for _ in range(min(limit, len(self._queue)))]
 
-    def settled(self, frames: list[Frame], now: float) -> None:
-        """Note that frames are durable."""
+    def shed(self, slots: Sequence[int]) -> None:
+        """Count frames taken before that were given up; whoever gave them up tells that they are missing."""
         with self._lock:
-            self._frames.add(now, len(frames))
-            self._last_frame_at = frames[-1].time_ms / 1000
-            self._lag_s = max(0.0, now - self._last_frame_at)
-
-    def shed(self, frames: list[Frame]) -> None:
-        """Note that frames taken before are given up."""
-        with self._lock:
-            for frame in frames:
-                self._shed(frame)
+            self._count_shed(len(slots))
 
     def take_missing(self) -> list[Missing]:
         """Remove and return the slots known to stay empty since the last call."""
@@ -114,17 +101,14 @@ class CameraWorker:
             missing, self._missing = self._missing, []
             return missing
 
-    def report(self, now: float) -> CameraReport:
+    def news(self, now: float) -> CameraNews:
         with self._lock:
             self._grade(now)
-            return CameraReport(
+            return CameraNews(
                 state=self._state,
                 reason=self._reason,
                 since=self._since,
-                last_frame_at=self._last_frame_at,
-                lag_s=self._lag_s,
                 reconnects_1h=self._reconnects.total(now),
-                frames_1h=self._frames.total(now),
                 dropped_frames=self._dropped,
                 next_retry_at=self._next_retry_at,
                 clock=self._clock.source,
@@ -143,14 +127,15 @@ class CameraWorker:
             self._set("reconnecting", "the connection hung and was given up")
         self._start_reading()
 
-    def _start_reading(self) -> None:
+    def _start_reading(self, delay_s: float = 0.0) -> None:
         reading = _Reading()
         name = f"camera-{self.assignment.source_id}"
-        reading.thread = Thread(target=self._read, args=(reading,), name=name, daemon=True)
+        reading.thread = Thread(target=self._read, args=(reading, delay_s), name=name, daemon=True)
         self._reading = reading
         reading.thread.start()
 
-    def _read(self, reading: _Reading) -> None:
+    def _read(self, reading: _Reading, delay_s: float) -> None:
+        reading.halt.wait(delay_s)
         settings = self._settings
         backoff = Backoff(settings.backoff_min_s, settings.backoff_max_s)
         while not reading.halt.is_set():
@@ -209,21 +194,26 @@ class CameraWorker:
             self._last_picture_at = time.monotonic()
             self._queue.append(frame)
             if len(self._queue) > self._settings.queue_frames:
-                self._shed(self._queue.popleft())
+                self._shed(self._queue.popleft().slot)
             if self._state not in ("online", "degraded"):
                 self._set("online", None)
                 logger.info("%s online", assignment.source_id)
 
-    def _shed(self, frame: Frame) -> None:
-        self._dropped += 1
+    def _count_shed(self, frames: int) -> None:
+        self._dropped += frames
         self._trouble = (time.time(), "frames were shed: the service is behind")
-        if self._missing and self._missing[-1].reason == "shed" and self._missing[-1].end_slot == frame.slot:
-            self._missing[-1] = Missing(self._missing[-1].start_slot, frame.slot + 1, "shed")
+
+    def _shed(self, slot: int) -> None:
+        self._count_shed(1)
+        if self._missing and self._missing[-1].reason == "shed" and self._missing[-1].end_slot == slot:
+            self._missing[-1] = Missing(self._missing[-1].start_slot, slot + 1, "shed")
         else:
-            self._missing.append(Missing(frame.slot, frame.slot + 1, "shed"))
+            self._missing.append(Missing(slot, slot + 1, "shed"))
 
     def _wait_s(self, fault: Exception, backoff: Backoff) -> float:
-        if isinstance(fault, CameraAuthFailed | CameraPathNotFound):
+        # A camera that had this path is about to start; of one that never had it, somebody mistyped the path.
+        never_was = isinstance(fault, CameraPathNotFound) and self._last_picture_at == 0
+        if isinstance(fault, CameraAuthFailed) or never_was:
             return self._settings.auth_retry_s
         if isinstance(fault, BadUrl):
             return self._settings.backoff_max_s

@@ -1,9 +1,12 @@
 """Archives fetched over HTTP into the upload folder."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from threading import Event
+from typing import IO
 from urllib.parse import urljoin, urlsplit
 from uuid import uuid4
 
@@ -12,6 +15,7 @@ import httpx
 from ingest.address import AddressPolicy, UnknownHost, resolve_download
 
 MAX_REDIRECTS = 5
+SLOWEST_BYTES_PER_S = 20_000  # on average: a server that drips would hold its place for ever
 _PASSING = frozenset({httpx.codes.REQUEST_TIMEOUT, httpx.codes.TOO_EARLY, httpx.codes.TOO_MANY_REQUESTS})
 
 
@@ -36,41 +40,48 @@ class Downloader:
         self._timeout_s = timeout_s
 
     def fetch(self, url: str, target: Path, halt: Event) -> bool:
-        """Write the file to `target`, whole or not at all; False when halted. Blocks.
+        """Write the file to `target`, whole or not at all; False when halted. Blocks, outside of any event loop.
 
         Raises BadUrl, DownloadFailed, DownloadTooLarge, OSError when the disk refuses.
         """
         # A name of its own: the thread of a former owner may still be at its last chunk of the same file.
         part = target.with_name(f"{target.name}.{uuid4().hex}.part")
         try:
-            with self._client() as client, self._response(client, url) as response, part.open("wb") as file:
-                size = 0
-                for chunk in response.iter_bytes():  # as they come: a slow server must not hide the halt
-                    if halt.is_set():
-                        return False
-                    size += len(chunk)
-                    self._check_size(size)
-                    file.write(chunk)
-            part.replace(target)
-            return True
+            with part.open("wb") as file:
+                is_whole = asyncio.run(self._receive(url, file, halt))
+            if is_whole:
+                part.replace(target)
+            return is_whole
         except UnknownHost as error:  # name servers have bad moments
             raise DownloadFailed(str(error)) from None
-        except httpx.TimeoutException:
+        except (httpx.TimeoutException, TimeoutError):
             raise DownloadFailed("the server of the file sent nothing for too long") from None
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise DownloadFailed(f"the file could not be fetched: {type(error).__name__}") from None
         finally:
             part.unlink(missing_ok=True)
 
-    def _client(self) -> httpx.Client:
+    async def _receive(self, url: str, file: IO[bytes], halt: Event) -> bool:
         # Proxies from the environment would resolve names themselves, past the check.
-        return httpx.Client(trust_env=False, follow_redirects=False, timeout=self._timeout_s)
+        client = httpx.AsyncClient(trust_env=False, follow_redirects=False, timeout=self._timeout_s)
+        async with client, self._response(client, url) as response:
+            began, size = time.monotonic(), 0
+            async for chunk in response.aiter_bytes():  # as they come: a slow server must not hide the halt
+                if halt.is_set():
+                    return False
+                size += len(chunk)
+                self._check_size(size)
+                if time.monotonic() - began > self._timeout_s + size / SLOWEST_BYTES_PER_S:
+                    raise DownloadFailed(f"the server of the file sends less than {SLOWEST_BYTES_PER_S} bytes a second")
+                file.write(chunk)
+        return True
 
-    @contextmanager
-    def _response(self, client: httpx.Client, url: str) -> Iterator[httpx.Response]:
+    @asynccontextmanager
+    async def _response(self, client: httpx.AsyncClient, url: str) -> AsyncIterator[httpx.Response]:
         for _ in range(MAX_REDIRECTS + 1):
             request = self._request(client, url)
-            response = client.send(request, stream=True)
+            async with asyncio.timeout(self._timeout_s):  # for all headers together: httpx only times every single read
+                response = await client.send(request, stream=True)
             try:
                 if response.is_redirect:
                     url = urljoin(url, response.headers.get("location", ""))
@@ -84,10 +95,10 @@ class Downloader:
                 yield response
                 return
             finally:
-                response.close()
+                await response.aclose()
         raise DownloadFailed(f"the file was redirected more than {MAX_REDIRECTS} times", is_final=True)
 
-    def _request(self, client: httpx.Client, url: str) -> httpx.Request:
+    def _request(self, client: httpx.AsyncClient, url: str) -> httpx.Request:
         """Return a request that goes to the checked address but names the host, to server and certificate alike."""
         address = resolve_download(url, self._policy)
         host = urlsplit(url).hostname or ""

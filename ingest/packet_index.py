@@ -10,6 +10,10 @@ from av import Packet, VideoStream
 from numpy.typing import NDArray
 
 SKIPPABLE_CODECS = frozenset({"h264", "hevc"})  # FFmpeg's decoders of these skip unreferenced pictures exactly
+_FEWEST_FOR_RATE = 10  # pictures, to tell whether a film has a steady rate ...
+_STEADY_SHARE = 0.9  # ... which so many of their steps must show
+_HOLE_STEPS = 3.0  # a longer step is no jitter
+
 _PLAIN_SLICE, _IDR_SLICE = 1, 5  # H.264 NAL unit types
 
 
@@ -18,11 +22,13 @@ class PacketIndex:
     """The time stamps of a file's packets, in the order of the file, in its own ticks.
 
     `times` (n,) are the presentation times with steps between joined parts taken out by `shift` (n,);
-    `is_timed` tells whether every packet has one; `is_entry` (n,) marks packets to jump to. `start_s` is the time of
+    `ends` (n,) the times at which their pictures end, `is_timed` tells whether every packet has one; `is_entry` (n,)
+    marks packets to jump to. `start_s` is the time of
     the first picture by the file's own clock; all else counts from it, as does `end_s`, the end of the last picture.
     """
 
     times: NDArray[np.int64]
+    ends: NDArray[np.int64]
     shift: NDArray[np.int64]
     is_entry: NDArray[np.bool_]
     is_timed: bool
@@ -47,7 +53,7 @@ class PacketIndex:
         for packet in packets:
             if halt.is_set():
                 break
-            shift = joints.shift(packet.dts if packet.dts is not None else packet.pts)
+            shift = joints.shift(packet.dts)
             times.append(None if packet.pts is None else packet.pts + shift)
             ticks.append(packet.duration or frame_ticks)
             shifts.append(shift)
@@ -55,8 +61,10 @@ class PacketIndex:
         known = [time for time in times if time is not None]
         start = min(known, default=0)
         is_timed = bool(known) and len(known) == len(times)
+        moments = np.array(known if is_timed else [], np.int64) - start
         return cls(
-            times=np.array(known if is_timed else [], np.int64) - start,
+            times=moments,
+            ends=moments + np.array(ticks[: len(moments)], np.int64),
             shift=np.array(shifts, np.int64) - start,
             is_entry=np.array(entries, np.bool_),
             is_timed=is_timed,
@@ -66,6 +74,23 @@ class PacketIndex:
             end_s=_end_ticks(known, ticks, start) * tick_s,
             codec=stream.codec_context.name,
         )
+
+    def holes(self) -> list[tuple[float, float]]:
+        """Return where a film of a steady rate has no picture, in seconds from the first.
+
+        A picture that is said to last through a hole fills it. Without a steady rate holes mean nothing: cameras and
+        screen recorders leave pictures out while nothing changes.
+        """
+        if len(self.times) < _FEWEST_FOR_RATE:
+            return []
+        order = np.argsort(self.times, kind="stable")
+        times, ends = self.times[order], self.ends[order]
+        steps = np.diff(times)
+        usual = float(np.median(steps))
+        if np.mean(steps <= 1.5 * usual) < _STEADY_SHARE:
+            return []
+        found = np.flatnonzero((steps > _HOLE_STEPS * usual) & (times[1:] - ends[:-1] > _HOLE_STEPS * usual))
+        return [(float(ends[at]) * self.tick_s, float(times[at + 1]) * self.tick_s) for at in found]
 
 
 @dataclass(frozen=True)

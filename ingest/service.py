@@ -8,18 +8,15 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
-from ingest.archive_worker import ArchiveWorker
-from ingest.assignment import Archive, ArchiveReport, Assignment, AssignmentDesk, CameraReport, Missing
-from ingest.camera_worker import CameraWorker
+from ingest.assignment import ArchiveReport, AssignmentDesk, CameraReport
+from ingest.feed import ArchiveFeed, CameraFeed, Feed
 from ingest.frame import Frame, FrameSink, Receipt, SinkUnavailable
+from ingest.reading_process import ReadingProcesses
 from ingest.settings import IngestSettings
 
 logger = logging.getLogger(__name__)
 
-Worker = CameraWorker | ArchiveWorker
-
 STOP_PATIENCE_S = 5.0
-MAX_STUCK_THREADS = 3
 SINK_RETRY_S = 0.5
 UNEXPECTED_ERRORS_A_BATCH = 5
 
@@ -40,10 +37,9 @@ class IngestService:
         self._settings = settings
         self._desk = desk
         self._sink = sink
-        self._upload_dir = upload_dir
         self._owner = f"ing_{uuid.uuid4().hex[:12]}"
-        self._workers: dict[str, Worker] = {}
-        self._unsent: dict[str, list[Missing]] = {}
+        self._processes = ReadingProcesses(settings, upload_dir)
+        self._feeds: dict[str, Feed] = {}
         self._reported: dict[str, tuple[str, float]] = {}
         self._troubles: dict[str, str] = {}  # what fails just now, and with what error: told once, not at every try
         self._size_px: int | None = None
@@ -58,17 +54,14 @@ class IngestService:
     async def stop(self) -> None:
         """Stop reading, send what was read, and give the leases back."""
         self._stopping.set()
-        for worker in self._workers.values():
-            worker.stop()
         if self._tasks:
             _, late = await asyncio.wait(self._tasks, timeout=STOP_PATIENCE_S)
             for task in late:
                 task.cancel()
             await asyncio.gather(*late, return_exceptions=True)
-        for worker in self._workers.values():  # one may have been claimed while the loops came to their end
-            worker.stop()
+        await asyncio.to_thread(self._processes.shut)
         held = self._held()
-        self._workers.clear()
+        self._feeds.clear()
         if held:
             try:
                 await self._desk.release(self._owner, held)
@@ -77,7 +70,7 @@ class IngestService:
 
     def stats(self) -> dict[str, int]:
         """Return how many sources are owned and how many more may be."""
-        owned = len(self._workers)
+        owned = len(self._feeds)
         return {"owned": owned, "room": self._settings.max_sources - owned}
 
     def check_health(self) -> None:
@@ -85,9 +78,8 @@ class IngestService:
         for task in self._tasks:
             if task.done() and not self._stopping.is_set():
                 raise IngestUnhealthy(f"the loop {task.get_name()} has ended")
-        stuck = sum(worker.stuck_threads for worker in self._workers.values())
-        if stuck >= MAX_STUCK_THREADS:
-            raise IngestUnhealthy(f"{stuck} reading threads hang inside the video library")
+        if self._processes.has_failed:
+            raise IngestUnhealthy("sources are not read any more")
 
     # leases
 
@@ -109,37 +101,30 @@ class IngestService:
             self._lose(source_id for source_id in lost if self._epoch(source_id) == held.get(source_id))
 
     async def _claim(self) -> None:
-        room = self._settings.max_sources - len(self._workers)
+        room = self._settings.max_sources - len(self._feeds)
         if room <= 0:
             return
         if self._size_px is None:
             self._size_px = await self._sink.input_size_px()
-        for assignment in await self._desk.claim(self._owner, room):
+        archives = sum(isinstance(feed, ArchiveFeed) for feed in self._feeds.values())
+        for assignment in await self._desk.claim(self._owner, room, self._settings.archives_at_once - archives):
             self._lose([assignment.source_id])
             logger.info("%s claimed with epoch %d", assignment.source_id, assignment.epoch)
-            worker = self._worker(assignment, self._size_px)
-            self._workers[assignment.source_id] = worker
-            worker.start()
-
-    def _worker(self, assignment: Assignment, size_px: int) -> Worker:
-        if isinstance(assignment.media, Archive):
-            return ArchiveWorker(assignment, self._settings, size_px, self._upload_dir)
-        return CameraWorker(assignment, self._settings, size_px)
+            self._feeds[assignment.source_id] = self._processes.open(assignment, self._size_px)
 
     def _held(self) -> Mapping[str, int]:
-        return {source_id: worker.assignment.epoch for source_id, worker in self._workers.items()}
+        return {source_id: feed.assignment.epoch for source_id, feed in self._feeds.items()}
 
     def _epoch(self, source_id: str) -> int | None:
-        worker = self._workers.get(source_id)
-        return None if worker is None else worker.assignment.epoch
+        feed = self._feeds.get(source_id)
+        return None if feed is None else feed.assignment.epoch
 
     def _lose(self, source_ids: Iterable[str]) -> None:
         for source_id in list(source_ids):
-            worker = self._workers.pop(source_id, None)
-            if worker is None:
+            feed = self._feeds.pop(source_id, None)
+            if feed is None:
                 continue
-            worker.stop()
-            self._unsent.pop(source_id, None)
+            self._processes.close(feed)
             self._reported.pop(source_id, None)
             logger.info("%s is not ours any more", source_id)
 
@@ -159,16 +144,21 @@ class IngestService:
     def _gather(self) -> list[Frame]:
         """Take one micro-batch: cameras first, for they do not wait; then archives, all in fair shares."""
         batch: list[Frame] = []
-        for kind in (CameraWorker, ArchiveWorker):
-            workers = [worker for worker in self._workers.values() if isinstance(worker, kind)]
-            workers.sort(key=lambda worker: worker.assignment.source_id)
-            for position, worker in enumerate(workers):
+        for kind in (CameraFeed, ArchiveFeed):
+            feeds = [feed for feed in self._feeds.values() if isinstance(feed, kind)]
+            feeds.sort(key=lambda feed: feed.assignment.source_id)
+            for position, feed in enumerate(feeds):
                 room = self._settings.batch_frames - len(batch)
-                batch += worker.take(-(-room // (len(workers) - position)))
+                batch += feed.take(-(-room // (len(feeds) - position)))
         return batch
 
     async def _put(self, batch: list[Frame]) -> None:
-        """Send a batch until it is durable, lost with its leases, or the service stops."""
+        """Send a batch until it is durable, lost with its leases, or the service stops.
+
+        What is missing before its frames is told before them: who goes on behind a durable frame does not look back.
+        """
+        for feed, _ in self._by_feed(batch):
+            await self._guarded("telling gaps", partial(self._tell_missing, feed))
         errors = 0
         while batch:
             try:
@@ -194,7 +184,7 @@ class IngestService:
 
     async def _put_apart(self, batch: list[Frame]) -> None:
         """Send the frames of a batch source by source, so that only the one that the sink cannot stand suffers."""
-        sources = self._by_worker(batch)
+        sources = self._by_feed(batch)
         if len(sources) == 1:
             self._shed(batch)
             return
@@ -205,55 +195,58 @@ class IngestService:
         epochs = {frame.source_id: frame.epoch for frame in batch}
         self._lose(source_id for source_id in receipt.lost if self._epoch(source_id) == epochs.get(source_id))
         now = time.time()
-        for worker, frames in self._by_worker(batch):
-            worker.settled(frames, now)
+        for feed, frames in self._by_feed(batch):
+            feed.settled(frames, now)
 
     def _shed(self, batch: list[Frame]) -> None:
-        for worker, frames in self._by_worker(batch):
-            worker.shed(frames)
+        for feed, frames in self._by_feed(batch):
+            feed.shed(frames)
 
-    def _by_worker(self, batch: list[Frame]) -> list[tuple[Worker, list[Frame]]]:
-        """Group frames by the worker that made them; frames of workers that are gone are left out."""
+    def _by_feed(self, batch: list[Frame]) -> list[tuple[Feed, list[Frame]]]:
+        """Group frames by the feed that made them; frames of feeds that are gone are left out."""
         groups: dict[str, list[Frame]] = {}
         for frame in batch:
             if self._epoch(frame.source_id) == frame.epoch:
                 groups.setdefault(frame.source_id, []).append(frame)
-        return [(self._workers[source_id], frames) for source_id, frames in groups.items()]
+        return [(self._feeds[source_id], frames) for source_id, frames in groups.items()]
 
     # reports
 
     async def _send_reports(self) -> None:
         while True:
             stopping = self._stopping.is_set()
-            workers = list(self._workers.values())
-            for worker in workers:
-                worker.supervise(time.monotonic())
-            for worker in workers:
-                if not await self._guarded("reporting", partial(self._report, worker)):
+            for feed in list(self._feeds.values()):
+                if not await self._guarded("reporting", partial(self._report, feed)):
                     break  # the desk is away for all of them, and each try takes its time
             if stopping:
                 return
             await self._pause(self._settings.tick_s)
 
-    async def _report(self, worker: Worker) -> None:
+    async def _report(self, feed: Feed) -> None:
         """Report one source: its missing slots, then its state if that is new or due; finish it if it is over."""
-        is_over = worker.is_over
-        source_id, epoch = worker.assignment.source_id, worker.assignment.epoch
-        unsent = self._unsent.setdefault(source_id, [])
-        unsent += worker.take_missing()
-        if unsent:
-            await self._desk.missing(source_id, epoch, tuple(unsent))
-            unsent.clear()
-        report = worker.report(time.time())
+        is_over = feed.is_over
+        source_id, epoch = feed.assignment.source_id, feed.assignment.epoch
+        await self._tell_missing(feed)
+        report = feed.report(time.time())
         state, due_at = self._reported.get(source_id, ("", 0.0))
         if is_over or _state(report) != state or time.monotonic() >= due_at:
             await self._desk.report(source_id, epoch, report)
-            if self._workers.get(source_id) is worker:
+            if self._feeds.get(source_id) is feed:
                 self._reported[source_id] = (_state(report), time.monotonic() + self._settings.report_s)
         if is_over:
             await self._desk.release(self._owner, {source_id: epoch})
             if self._epoch(source_id) == epoch:
                 self._lose([source_id])
+
+    async def _tell_missing(self, feed: Feed) -> None:
+        missing = feed.take_missing()
+        if not missing:
+            return
+        try:
+            await self._desk.missing(feed.assignment.source_id, feed.assignment.epoch, missing)
+        except BaseException:
+            feed.give_back(missing)
+            raise
 
     async def _guarded(self, doing: str, step: Callable[[], Awaitable[None]]) -> bool:
         """Run a step that is repeated anyway; False if it is to be repeated because the other side is away."""

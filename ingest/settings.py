@@ -23,10 +23,11 @@ class IngestSettings(BaseModel):
         default=5.0, description="A camera is given up after it sent nothing for twice this time."
     )
     backoff_min_s: PositiveFloat = Field(default=0.5, description="First wait before a camera is tried again.")
-    backoff_max_s: PositiveFloat = Field(default=30.0, description="Longest wait before a camera is tried again.")
+    backoff_max_s: PositiveFloat = Field(default=10.0, description="Longest wait before a camera is tried again.")
     healthy_s: PositiveFloat = Field(default=30.0, description="A connection that lasted this long resets the waits.")
     auth_retry_s: PositiveFloat = Field(
-        default=60.0, description="Wait after a refused password or path: cameras lock accounts that try too often."
+        default=60.0,
+        description="Wait after a refused password or a path that never was: cameras lock accounts that try too often.",
     )
     frozen_s: PositiveFloat = Field(
         default=120.0, description="A camera whose picture has not changed for so long is reported as degraded."
@@ -40,11 +41,24 @@ class IngestSettings(BaseModel):
     max_pixels: PositiveInt = Field(
         default=8192 * 4320, description="Pictures with more pixels are refused instead of decoded."
     )
+    max_video_s: PositiveFloat = Field(
+        default=7 * 86400.0, description="Files that hold more seconds of video, or say so, are refused."
+    )
+    max_streams: PositiveInt = Field(default=64, description="Files with more streams (video, sound, ...) are refused.")
     look_timeout_s: PositiveFloat = Field(
-        default=30.0, description="Longest first look at an uploaded file, until its first picture."
+        default=30.0, description="Longest first look at a file until its first picture, and longest work at a picture."
     )
     max_decoder_bytes: PositiveInt = Field(
-        default=2 * 2**30, description="Memory that a first look at a file or a camera may take."
+        default=2 * 2**30, description="Memory of one process that looks at or reads files or cameras."
+    )
+    cameras_per_process: PositiveInt = Field(
+        default=8, description="Cameras that one process reads: a decoder that crashes takes no others with it."
+    )
+    archives_at_once: PositiveInt = Field(
+        default=2, description="Files that one ingest process reads side by side, each in a process of its own."
+    )
+    process_timeout_s: PositiveFloat = Field(
+        default=8.0, description="A reading process that gives no answer for this long is ended and started again."
     )
     lease_s: PositiveFloat = Field(default=15.0, description="A process silent for this long loses its sources.")
     renew_s: PositiveFloat = Field(default=5.0, description="Time between two renewals of the leases.")

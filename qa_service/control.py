@@ -26,6 +26,7 @@ from qa_service.schemas import (
     StreamRequest,
     StreamState,
     VideoBody,
+    VideoDamage,
     VideoDeleted,
     VideoFailure,
     VideoForm,
@@ -38,6 +39,7 @@ from qa_service.validation import refusal
 from store.idempotency import Idempotency
 from store.keyframes import Keyframes
 from store.sources import (
+    Damage,
     NewStream,
     NewVideo,
     Sources,
@@ -342,7 +344,19 @@ def _video_body(video: Video) -> VideoBody:
         eta_s=video.eta_s,
         duration_s=video.duration_s,
         error=None if video.error is None else VideoFailure(message=video.error),
+        damage=None if video.damage is None else _video_damage(video.damage, video.duration_s),
     )
+
+
+def _video_damage(damage: Damage, duration_s: float | None) -> VideoDamage:
+    parts = []
+    if duration_s is not None and duration_s - damage.held_s > 0.1:
+        parts.append(f"the file states {duration_s:.1f} s and holds {damage.held_s:.1f} s")
+    if damage.lost_s:
+        parts.append(f"{damage.lost_s:g} s have no picture")
+    if damage.errors:
+        parts.append(f"{damage.errors} errors were met while reading it")
+    return VideoDamage(message="; ".join(parts), **damage.model_dump())
 
 
 def _video_form(fields: Mapping[str, str]) -> VideoForm:

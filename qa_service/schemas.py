@@ -296,6 +296,15 @@ class VideoFailure(Body):
     message: str
 
 
+class VideoDamage(Body):
+    """What a file does not give."""
+
+    message: str
+    held_s: float = Field(description="Seconds of video that the file holds; `duration_s` is what it states.")
+    lost_s: float = Field(description="Seconds without a picture that should have one; the timeline says which.")
+    errors: int = Field(description="Errors met while reading and decoding it.")
+
+
 class VideoBody(Body):
     """An archived video and how far it is remembered."""
 
@@ -311,6 +320,7 @@ class VideoBody(Body):
     eta_s: float | None
     duration_s: float | None
     error: VideoFailure | None
+    damage: VideoDamage | None = Field(description="What is missing from a file that is damaged or cut off.")
 
 
 class VideoList(Body):

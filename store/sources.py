@@ -146,6 +146,14 @@ class NewVideo(_Frozen):
     fps: float = Field(default=1.0, gt=0, le=30, allow_inf_nan=False)
 
 
+class Damage(_Frozen):
+    """What a file does not give: it holds `held_s` of its duration, `lost_s` have no picture, `errors` were met."""
+
+    held_s: float
+    lost_s: float
+    errors: int
+
+
 class VideoStatus(_Frozen):
     """How far a video has been read: progress 0..1, durations in seconds."""
 
@@ -154,6 +162,7 @@ class VideoStatus(_Frozen):
     eta_s: float | None = None
     duration_s: float | None = None
     error: str | None = None
+    damage: Damage | None = None
 
 
 class Video(_Frozen):
@@ -171,6 +180,7 @@ class Video(_Frozen):
     eta_s: float | None
     duration_s: float | None
     error: str | None
+    damage: Damage | None
 
 
 Source = Stream | Video
@@ -205,7 +215,7 @@ class _VideoRecord(_Frozen):
     purge: bool = False
 
     def video(self, status: VideoStatus) -> Video:
-        return Video(id=self.id, created_at=self.created_at, **self.new.model_dump(), **status.model_dump())
+        return Video(id=self.id, created_at=self.created_at, **dict(self.new), **dict(status))
 
 
 _Record = TypeVar("_Record", _StreamRecord, _VideoRecord)

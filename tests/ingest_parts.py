@@ -5,26 +5,31 @@ import contextlib
 import io
 import json
 import shutil
+import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TextIO
 
 import av
 import numpy as np
 import pytest
 from PIL import Image
 
-from ingest.assignment import ArchiveReport, Assignment, CameraReport, Missing
+from ingest.assignment import Archive, ArchiveReport, Assignment, CameraReport, Missing
 from ingest.frame import Frame, Receipt, SinkUnavailable
 from ingest.settings import IngestSettings
 
 LOCAL = ("127.0.0.0/8",)
 BITS = 16
 WIDTH, HEIGHT = 320, 64
+
+_PYTHON = "/usr/bin/python3"  # Debian's own, which has its GStreamer
 
 
 def real_clip(name: str) -> Path:
@@ -57,13 +62,14 @@ def encode(
     gop: int = 25,
     bframes: int = 0,
     codec: str = "libx264",
+    pix_fmt: str = "yuv420p",
     container_options: Mapping[str, str] | None = None,
     codec_options: Mapping[str, str] | None = None,
 ) -> Path:
     """Encode painted pictures 0, 1, .. to be shown at the given times."""
     with av.open(str(path), "w", options=dict(container_options or {})) as container:
         stream = container.add_stream(codec, rate=25)
-        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, pix_fmt
         stream.codec_context.time_base = Fraction(1, 25 if codec == "mpeg2video" else 1000)
         options = {"preset": "ultrafast", "sc_threshold": "0"} if codec == "libx264" else {}
         stream.codec_context.options = {**options, "g": str(gop), "bf": str(bframes), **(codec_options or {})}
@@ -101,37 +107,82 @@ def free_port() -> int:
 
 
 class SimulatedCamera:
-    """A real RTSP server (GStreamer) in a process of its own, told what to suffer line by line."""
+    """A real RTSP server (GStreamer) in a process of its own, told what to suffer line by line.
 
-    def __init__(self, port: int, process: subprocess.Popen[str]) -> None:
+    `events` is what it said so far (see camera_sim.py), also before it was ended and started again.
+    """
+
+    def __init__(self, port: int) -> None:
         self.url = f"rtsp://127.0.0.1:{port}/cam"
+        self.events: list[Mapping[str, object]] = []
+        self._port = port
+        self._process: subprocess.Popen[str] | None = None
+        self._listener: threading.Thread | None = None
+
+    def start(self, *options: str) -> None:
+        """Start it and wait until it is ready."""
+        program = Path(__file__).with_name("camera_sim.py")
+        command = [_PYTHON, str(program), "--port", str(self._port), "--size", "320x180", *options]
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
         self._process = process
+        assert process.stdout is not None
+        ready = json.loads(process.stdout.readline() or "{}")
+        self.events.append(ready)
+        # Somebody must always listen: a camera whose pipe is full says nothing more and stands still.
+        self._listener = threading.Thread(target=self._listen, args=(process.stdout,), daemon=True)
+        self._listener.start()
+        assert ready.get("event") == "ready", f"the camera did not start: {ready}"
+
+    def end(self) -> None:
+        """Cut its power: the process is gone at once."""
+        if self._process is None or self._process.stdin is None or self._listener is None:
+            return
+        self._process.kill()
+        self._process.wait()
+        self._listener.join()
+        with contextlib.suppress(BrokenPipeError):  # it ended by itself with a fault still to be read
+            self._process.stdin.close()
+        self._process = None
 
     def suffer(self, fault: str) -> None:
+        assert self._process is not None
         assert self._process.stdin is not None
         self._process.stdin.write(fault + "\n")
         self._process.stdin.flush()
 
+    def send_signal(self, number: signal.Signals) -> None:
+        assert self._process is not None
+        self._process.send_signal(number)
+
+    def times(self, event: str) -> list[float]:
+        """Return when it said `event`, in unix seconds."""
+        return [float(str(said["t"])) for said in self.events if said["event"] == event]
+
+    def _listen(self, stdout: TextIO) -> None:
+        with stdout:
+            for line in stdout:
+                with contextlib.suppress(ValueError):  # cut short by its end
+                    self.events.append(json.loads(line))
+
+
+def need_simulator() -> None:
+    """Skip the test where the server is not installed."""
+    has_gst = "import gi; gi.require_version('GstRtspServer', '1.0'); from gi.repository import GstRtspServer"
+    if not Path(_PYTHON).exists() or subprocess.run([_PYTHON, "-c", has_gst], capture_output=True).returncode:
+        pytest.skip("Debian's gst-rtsp-server is not installed: apt-get install gir1.2-gst-rtsp-server-1.0 ..")
+
 
 @contextlib.contextmanager
 def simulated_camera(*options: str, port: int | None = None) -> Iterator[SimulatedCamera]:
-    python = "/usr/bin/python3"
-    has_gst = "import gi; gi.require_version('GstRtspServer', '1.0'); from gi.repository import GstRtspServer"
-    if not Path(python).exists() or subprocess.run([python, "-c", has_gst], capture_output=True).returncode:
-        pytest.skip("Debian's gst-rtsp-server is not installed: apt-get install gir1.2-gst-rtsp-server-1.0 ..")
-    port = port or free_port()
-    program = Path(__file__).with_name("camera_sim.py")
-    command = [python, str(program), "--port", str(port), "--size", "320x180", *options]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as process:
-        try:
-            assert process.stdout is not None
-            ready = json.loads(process.stdout.readline() or "{}")
-            assert ready.get("event") == "ready", f"the camera did not start: {ready}"
-            yield SimulatedCamera(port, process)
-        finally:
-            process.kill()
+    need_simulator()
+    camera = SimulatedCamera(port or free_port())
+    try:
+        camera.start(*options)
+        yield camera
+    finally:
+        camera.end()
 
 
 def ffmpeg() -> str:
@@ -154,9 +205,11 @@ class MemoryDesk:
         self.refusals = 0
         self.is_away = False
 
-    async def claim(self, owner: str, room: int) -> Sequence[Assignment]:
+    async def claim(self, owner: str, room: int, archives: int) -> Sequence[Assignment]:
         self._check()
-        given, self.open = self.open[:room], self.open[room:]
+        files = [one for one in self.open if isinstance(one.media, Archive)][:archives]
+        given = [one for one in self.open if one in files or not isinstance(one.media, Archive)][:room]
+        self.open = [one for one in self.open if one not in given]
         return given
 
     async def renew(self, owner: str, held: Mapping[str, int]) -> frozenset[str]:

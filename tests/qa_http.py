@@ -32,13 +32,15 @@ class Service:
 
 
 @contextmanager
-def serving(redis_url: str, checkpoint: Path, folder: Path, api: ApiSettings) -> Iterator[Service]:
+def serving(
+    redis_url: str, checkpoint: Path, folder: Path, api: ApiSettings, allowed_networks: tuple[str, ...] = LOCAL
+) -> Iterator[Service]:
     up: Future[tuple[Service, uvicorn.Server]] = Future()
 
     async def serve() -> None:
         async with connect(redis_url) as redis:
             await redis.flushdb()
-            async with open_parts(redis, checkpoint, folder, api=api, allowed_networks=LOCAL) as parts:
+            async with open_parts(redis, checkpoint, folder, api=api, allowed_networks=allowed_networks) as parts:
                 listening = socket.create_server(("127.0.0.1", 0))  # connections wait in its queue until it is served
                 url = f"http://127.0.0.1:{listening.getsockname()[1]}"
                 server = uvicorn.Server(uvicorn.Config(parts.api, log_level="error", ws="none", lifespan="off"))

@@ -24,10 +24,9 @@ from compressor_service.llava_mini.checkpoint import Dtype
 from compressor_service.llava_mini.prompt import Prompt
 from compressor_service.settings import CompressorSettings
 from compressor_service.writer import FrameWriter
+from deploy.app import Addresses, FirstLook
 from deploy.remote import camera_errors, stream_probe
-from ingest.address import AddressPolicy, check_camera_url, check_download_url
-from ingest.address import BadUrl as IngestBadUrl
-from ingest.archive import UnsupportedMedia as NoVideo
+from ingest.address import AddressPolicy
 from ingest.assignment import Camera
 from ingest.frame import Frame
 from ingest.sandbox import Sandbox
@@ -36,7 +35,7 @@ from qa_service.api import Services, build_api
 from qa_service.clock import write_stream_time
 from qa_service.control import SourceControl
 from qa_service.coverage import RangeReader
-from qa_service.errors import BadUrl, UnsupportedMedia
+from qa_service.errors import UnsupportedMedia
 from qa_service.feed import Feed
 from qa_service.finder import Finder
 from qa_service.health import Readiness
@@ -191,26 +190,8 @@ async def open_parts(
         now=lambda: now,
     )
     reader = RangeReader(timeline, sources, live_lag_s=qa.live_lag_s, now=lambda: now)
-    networks = ("203.0.113.0/24", *allowed_networks)
-    policy, sandbox = AddressPolicy(networks), Sandbox(ingest_settings(allowed_networks=networks))
-
-    async def camera(url: str) -> None:
-        try:
-            await check_camera_url(url, policy)
-        except IngestBadUrl as error:
-            raise BadUrl(str(error), param="url") from None
-
-    async def download(url: str) -> None:
-        try:
-            await check_download_url(url, policy)
-        except IngestBadUrl as error:
-            raise BadUrl(str(error), param="url") from None
-
-    def probe(path: Path) -> float | None:
-        try:
-            return sandbox.archive(path).duration_s
-        except NoVideo:
-            raise UnsupportedMedia("The file is no video that can be decoded.", param="file") from None
+    settings = ingest_settings(allowed_networks=("203.0.113.0/24", *allowed_networks))
+    addresses, sandbox = Addresses(AddressPolicy(settings.allowed_networks)), Sandbox(settings)
 
     async def probe_camera(wanted: StreamProbeRequest) -> StreamProbe:
         password = None if wanted.password is None else wanted.password.get_secret_value()
@@ -240,9 +221,9 @@ async def open_parts(
         Idempotency(redis),
         uploads=folder / "uploads",
         max_upload_bytes=api.max_upload_bytes,
-        check_camera_url=camera,
-        check_download_url=download,
-        probe=probe,
+        check_camera_url=addresses.camera,
+        check_download_url=addresses.download,
+        probe=FirstLook(sandbox),
         probe_camera=probe_camera,
     )
     services = Services(

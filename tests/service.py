@@ -20,7 +20,7 @@ PATIENCE_S, STOP_S = 120, 60
 
 @dataclass(frozen=True, slots=True)
 class RunningService:
-    """A service that is up: its address, its folder, its process, and the file of what it printed."""
+    """A service that is up: its address, its folder, its process, and the file of what it printed (all, at its end)."""
 
     url: str
     data_dir: Path
@@ -53,7 +53,8 @@ def running_service(folder: Path, settings: Mapping[str, str] | None = None) -> 
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         if process.stdout is not None:
-            process.stdout.close()
+            with process.stdout, output.open("a") as file:
+                file.write(process.stdout.read())
 
 
 def start_service(data_dir: Path, errors: IO[str], settings: Mapping[str, str] | None = None) -> subprocess.Popen[str]:

@@ -49,24 +49,24 @@ def desk(redis: StoreRedis, cipher: Cipher) -> StoreDesk:
 async def test_work_is_given_once_with_all_that_is_needed(sources, desk):
     stream = await sources.create_stream(door())
     video = await sources.create_video(NewVideo(name="clip", file="clip.upload", fps=0.5))
-    given = {one.source_id: one for one in await desk.claim("one", 5)}
+    given = {one.source_id: one for one in await desk.claim("one", 5, 5)}
     assert given[stream.id].media == Camera("rtsp://cam/door", "u", SECRET)
     assert (given[video.id].media, given[video.id].fps) == (Archive(path="clip.upload"), 0.5)
-    assert await desk.claim("two", 5) == []
+    assert await desk.claim("two", 5, 5) == []
     assert await desk.unowned() == 0
 
 
 async def test_a_password_that_cannot_be_read_stops_that_stream_alone(redis, sources, cipher, desk, caplog):
     lost = await Sources(redis, new_cipher()).create_stream(door())
     other = await sources.create_stream(door(name="gate", url="rtsp://cam/gate"))
-    assert [one.source_id for one in await desk.claim("one", 5)] == [other.id]
+    assert [one.source_id for one in await desk.claim("one", 5, 5)] == [other.id]
     status = await sources.status(lost.id)
     assert status.state == "auth_failed"
     assert status.reason is not None
     assert "TOKENLINE_STORE__SECRET_KEY" in status.reason
     assert caplog.text.count("cannot be read") == 1
     await sources.update_stream(lost.id, password=SECRET)
-    assert [one.source_id for one in await desk.claim("one", 5)] == [lost.id]
+    assert [one.source_id for one in await desk.claim("one", 5, 5)] == [lost.id]
 
 
 async def test_an_owner_works_with_the_newest_settings_whenever_they_change(redis_url, sources, cipher):
@@ -75,7 +75,7 @@ async def test_an_owner_works_with_the_newest_settings_whenever_they_change(redi
         desk = desk_of(other, cipher)
         for number in range(40):
             url = f"rtsp://cam/{number}"
-            given, _ = await asyncio.gather(desk.claim("one", 5), sources.update_stream(stream.id, url=url))
+            given, _ = await asyncio.gather(desk.claim("one", 5, 5), sources.update_stream(stream.id, url=url))
             held = {one.source_id: one.epoch for one in given}
             lost = await desk.renew("one", held)
             assert all(one.media.url == url for one in given if one.source_id not in lost)
@@ -87,7 +87,7 @@ async def test_a_stream_that_is_disabled_while_it_is_claimed_is_not_kept(redis_u
     async with connect(redis_url) as other:
         desk = desk_of(other, cipher)
         for _ in range(40):
-            given, _ = await asyncio.gather(desk.claim("one", 5), sources.update_stream(stream.id, enabled=False))
+            given, _ = await asyncio.gather(desk.claim("one", 5, 5), sources.update_stream(stream.id, enabled=False))
             held = {one.source_id: one.epoch for one in given}
             assert await desk.renew("one", held) == held.keys()
             await sources.update_stream(stream.id, enabled=True)

@@ -5,6 +5,7 @@ import io
 import math
 import random
 import struct
+import subprocess
 from pathlib import Path
 from threading import Event
 
@@ -13,19 +14,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ingest.archive import ArchiveReader, UnsupportedMedia, probe
+from ingest.archive import ArchiveLimits, ArchiveReader, UnsupportedMedia, probe
 from ingest.assignment import Missing
 from ingest.keyframe import KeyframeMaker
-from tests.ingest_parts import encode, number_of, real_clip, steady
+from tests.ingest_parts import encode, ffmpeg, number_of, real_clip, steady
 
-PIXELS = 10**8
+LIMITS = ArchiveLimits()
 
 
 def read(
     path: Path, fps: float = 1.0, last_slot: int | None = None
 ) -> tuple[list[tuple[int, float, int]], list[Missing]]:
     """Slot, time and number shown of every picture, and what is missing."""
-    reader = ArchiveReader(path, fps=fps, last_slot=last_slot, max_pixels=PIXELS)
+    reader = ArchiveReader(path, fps=fps, last_slot=last_slot, limits=LIMITS)
     found = [(picture.slot, picture.time_s, number_of(picture.image)) for picture in reader.pictures(Event())]
     return found, reader.missing
 
@@ -50,9 +51,9 @@ def slots_and_numbers(path: Path, fps: float = 1.0) -> list[tuple[int, int]]:
 )
 def test_a_real_file_gives_one_picture_a_second(name, seconds, codec):
     path = real_clip(name)
-    facts = probe(path)
+    facts = probe(path, LIMITS)
     assert (facts.duration_s, facts.codec) == (pytest.approx(seconds), codec)
-    reader = ArchiveReader(path, fps=1.0, last_slot=None, max_pixels=PIXELS)
+    reader = ArchiveReader(path, fps=1.0, last_slot=None, limits=LIMITS)
     slots = [picture.slot for picture in reader.pictures(Event())]
     assert slots == list(range(math.ceil(seconds - 0.01)))
     assert (reader.missing, reader.duration_s) == ([], pytest.approx(seconds))
@@ -65,7 +66,7 @@ def test_skipping_gives_the_very_pictures_of_decoding_everything(fps):
     with av.open(str(path)) as container:
         for frame in container.decode(video=0):
             everything.setdefault(math.floor(frame.time * fps + 1e-6), digest(frame))
-    reader = ArchiveReader(path, fps=fps, last_slot=None, max_pixels=PIXELS)
+    reader = ArchiveReader(path, fps=fps, last_slot=None, limits=LIMITS)
     assert {picture.slot: digest(picture.image) for picture in reader.pictures(Event())} == everything
 
 
@@ -87,6 +88,10 @@ def digest(frame: av.VideoFrame) -> str:
         ("mpeg4.avi", {"codec": "mpeg4", "gop": 12}),
         ("vp9.webm", {"codec": "libvpx-vp9", "codec_options": {"deadline": "realtime", "cpu-used": "8"}}),
         ("intra.avi", {"codec": "mjpeg", "codec_options": {"strict": "unofficial"}}),
+        ("fragmented.mp4", {"bframes": 2, "container_options": {"movflags": "frag_keyframe+empty_moov"}}),
+        ("av1.mkv", {"codec": "libsvtav1", "codec_options": {"preset": "8", "crf": "10", "svtav1-params": "lp=1"}}),
+        ("ten_bits.mp4", {"bframes": 2, "pix_fmt": "yuv420p10le"}),
+        ("full_colour.mkv", {"pix_fmt": "yuv444p"}),
     ],
 )
 def test_the_first_picture_of_each_slot_is_found_in_every_kind_of_file(tmp_path, name, options, fps):
@@ -102,6 +107,25 @@ def test_a_variable_frame_rate_is_followed(tmp_path):
         times.append(round(times[-1] + randomness.uniform(0.02, 0.9), 3))
     path = encode(tmp_path / "vfr.mp4", times, bframes=2)
     assert slots_and_numbers(path) == expected(times)
+
+
+def test_fast_video_gives_the_first_picture_of_each_slot(tmp_path):
+    times = steady(4, rate=120.0)
+    assert slots_and_numbers(encode(tmp_path / "fast.mp4", times, bframes=2)) == expected(times)
+
+
+def test_one_picture_in_five_seconds_leaves_the_slots_between_empty(tmp_path):
+    times = steady(20, rate=0.2)
+    assert slots_and_numbers(encode(tmp_path / "slow.mp4", times)) == expected(times)
+
+
+def test_pictures_far_apart_and_out_of_order_are_neither_lost_nor_make_the_file_longer(tmp_path):
+    times = steady(30, rate=1.0)
+    path = encode(tmp_path / "slow.mkv", times, bframes=2)  # Matroska gives no decoding times: FFmpeg guesses
+    assert slots_and_numbers(path) == expected(times)
+    reader = ArchiveReader(path, fps=1.0, last_slot=None, limits=LIMITS)
+    list(reader.pictures(Event()))
+    assert reader.duration_s == pytest.approx(29.04)
 
 
 def test_a_hole_stays_empty_and_nothing_is_repeated(tmp_path):
@@ -186,7 +210,7 @@ def turned(path: Path, times: list[float]) -> Path:
 
 def test_a_turned_recording_gives_upright_keyframes(tmp_path):
     path = turned(tmp_path / "turned.mp4", steady(1))
-    reader = ArchiveReader(path, fps=25.0, last_slot=None, max_pixels=PIXELS)
+    reader = ArchiveReader(path, fps=25.0, last_slot=None, limits=LIMITS)
     picture = list(reader.pictures(Event()))[5]  # shows 5: the first and the third column are white
     assert picture.image.rotation == -90
     keyframe = np.asarray(Image.open(io.BytesIO(KeyframeMaker(64).make(picture.image))).convert("L"))
@@ -258,7 +282,7 @@ def broken_files(folder: Path) -> dict[str, Path]:
 def test_what_is_no_video_is_refused_without_naming_its_path(tmp_path, name):
     path = broken_files(tmp_path)[name]
     with pytest.raises(UnsupportedMedia) as caught:
-        probe(path)
+        probe(path, LIMITS)
     assert str(tmp_path) not in str(caught.value)
     assert caught.value.__cause__ is None
     assert caught.value.__context__ is None
@@ -269,7 +293,7 @@ def test_what_is_no_video_is_refused_without_naming_its_path(tmp_path, name):
 def test_pictures_too_large_to_decode_are_refused(tmp_path):
     path = encode(tmp_path / "clip.mp4", steady(1))
     with pytest.raises(UnsupportedMedia, match="320x64"):
-        probe(path, max_pixels=1000)
+        probe(path, ArchiveLimits(pixels=1000))
 
 
 def test_an_index_of_a_file_cut_before_its_pictures_gives_no_picture(tmp_path):
@@ -277,11 +301,11 @@ def test_an_index_of_a_file_cut_before_its_pictures_gives_no_picture(tmp_path):
     data = path.read_bytes()
     path.write_bytes(data[: data.index(b"mdat") + 4])
     with pytest.raises(UnsupportedMedia, match="picture"):
-        probe(path)
+        probe(path, LIMITS)
 
 
 def test_reading_stops_when_told():
-    reader = ArchiveReader(real_clip("bikes"), fps=10.0, last_slot=None, max_pixels=PIXELS)
+    reader = ArchiveReader(real_clip("bikes"), fps=10.0, last_slot=None, limits=LIMITS)
     halt = Event()
     slots = []
     for picture in reader.pictures(halt):
@@ -299,8 +323,57 @@ def test_damage_is_told_before_the_pictures_behind_it(tmp_path):
     third = (len(content) - start) // 3
     content[start + third : start + third + 3000] = random.Random(1).randbytes(3000)
     path.write_bytes(content)
-    reader = ArchiveReader(path, fps=1.0, last_slot=None, max_pixels=10**8)
+    reader = ArchiveReader(path, fps=1.0, last_slot=None, limits=ArchiveLimits())
     told = {picture.slot: len(reader.missing) for picture in reader.pictures(Event())}
     assert reader.missing
     assert told[19] == len(reader.missing)
     assert all(gap.end_slot in told for gap in reader.missing)
+
+
+def test_a_hole_of_a_steady_film_is_missing_unless_the_file_says_that_a_picture_lasts_so_long(tmp_path):
+    times = steady(3) + steady(3, start_s=8.0)
+    found, missing = read(encode(tmp_path / "hole.mkv", times))  # says 40 ms of every picture
+    assert [slot for slot, _, _ in found] == [0, 1, 2, 8, 9, 10]
+    assert missing == [Missing(3, 8, "decode_error")]
+    assert read(encode(tmp_path / "hole.mp4", times))[1] == []
+
+
+def test_a_part_of_a_file_that_was_wiped_out_is_missing_though_no_decoder_complains(tmp_path):
+    path = encode(tmp_path / "wiped.mkv", steady(20), gop=25)
+    data = bytearray(path.read_bytes())
+    middle, fifth = len(data) // 2, len(data) // 5
+    data[middle : middle + fifth] = bytes(fifth)
+    path.write_bytes(data)
+    found, missing = read(path)
+    lost = {slot for run in missing for slot in range(run.start_slot, run.end_slot)}
+    assert lost
+    assert sorted({slot for slot, _, _ in found} | lost) == list(range(20))
+
+
+def test_a_file_that_was_cut_within_a_second_says_so(tmp_path):
+    path = encode(tmp_path / "cut.mp4", steady(4), gop=25, container_options={"movflags": "faststart"})
+    path.write_bytes(path.read_bytes()[:-600])
+    reader = ArchiveReader(path, fps=1.0, last_slot=None, limits=LIMITS)
+    assert len(list(reader.pictures(Event()))) == 4
+    assert reader.is_cut
+    assert reader.held_s is not None
+    assert reader.held_s < 3.8
+
+
+@pytest.mark.parametrize("turn", [90, 180, 270])
+def test_pictures_are_those_that_the_ffmpeg_program_shows(tmp_path, turn):
+    """The keyframes of a turned file against what ffmpeg, an independent program, makes of the same pictures."""
+    source, path = real_clip("bikes"), tmp_path / "turned.mp4"
+    quiet = [ffmpeg(), "-nostdin", "-v", "error"]
+    subprocess.run([*quiet, "-i", source, "-c", "copy", "-metadata:s:v:0", f"rotate={turn}", path], check=True)
+    filters = "select='isnan(prev_selected_t)+gte(floor(t)\\,floor(prev_selected_t)+1)',scale=64:64:flags=area"
+    shown = subprocess.run(
+        [*quiet, "-i", path, "-vf", filters, "-fps_mode", "passthrough", "-pix_fmt", "rgb24", "-f", "rawvideo", "-"],
+        stdout=subprocess.PIPE,
+        check=True,
+    ).stdout
+    theirs = np.frombuffer(shown, np.uint8).reshape(-1, 64, 64, 3).astype(int)
+    reader, maker = ArchiveReader(path, fps=1.0, last_slot=None, limits=LIMITS), KeyframeMaker(64)
+    ours = np.stack([maker.pixels(picture.image).astype(int) for picture in reader.pictures(Event())])
+    assert ours.shape == theirs.shape
+    assert np.abs(ours - theirs).mean() < 1.5

@@ -115,10 +115,10 @@ def test_a_private_address_is_refused_before_anything_connects():
 
 
 @contextmanager
-def listener(answer: bytes = b"") -> Iterator[tuple[int, list[socket.socket]]]:
+def listener(answer: bytes = b"", host: str = "127.0.0.1") -> Iterator[tuple[int, list[socket.socket]]]:
     """A server that accepts everybody and says `answer`, or nothing at all."""
     accepted: list[socket.socket] = []
-    with socket.create_server(("127.0.0.1", 0)) as server:
+    with socket.create_server((host, 0)) as server:
 
         def serve() -> None:
             try:
@@ -130,11 +130,13 @@ def listener(answer: bytes = b"") -> Iterator[tuple[int, list[socket.socket]]]:
 
         thread = threading.Thread(target=serve)
         thread.start()
-        yield server.getsockname()[1], accepted
-        server.shutdown(socket.SHUT_RDWR)
-        thread.join()
-        for connection in accepted:
-            connection.close()
+        try:
+            yield server.getsockname()[1], accepted
+        finally:
+            server.shutdown(socket.SHUT_RDWR)
+            thread.join()
+            for connection in accepted:
+                connection.close()
 
 
 @pytest.mark.parametrize("answer", [b"", b"SSH-2.0-OpenSSH_9.2\r\n" * 100, b"HTTP/1.1 200 OK\r\n\r\n"])

@@ -164,6 +164,7 @@ def test_an_owner_that_lost_a_download_does_not_disturb_the_next_one(server, tmp
     deadline = time.monotonic() + 10
     while not any(path.stat().st_size for path in tmp_path.iterdir()) and not server.asked:
         assert time.monotonic() < deadline
+        time.sleep(0.01)
     halt.set()
     loader = threading.Thread(target=downloader().fetch, args=(f"{server.url}/clip", tmp_path / "clip", Event()))
     loader.start()

@@ -91,6 +91,25 @@ def test_a_jump_of_the_time_stamps_anchors_anew():
     assert observe(clock, 40.0, arrived=1002.0, start_realtime=None) == pytest.approx(1002.0)
 
 
+@pytest.mark.parametrize("step_s", [4.0, -3.0, 50.0])
+def test_after_a_jump_what_the_camera_told_of_its_clock_does_not_hold(step_s):
+    clock = CaptureClock()
+    for second in range(10):
+        assert observe(clock, 10.0 + second, 1000.1 + second, 990.0) == 1000.0 + second
+    after = [observe(clock, 10.0 + second + step_s, 1000.1 + second, 990.0) for second in range(10, 20)]
+    assert after == pytest.approx([1000.1 + second for second in range(10, 20)], abs=0.01)
+    assert clock.jumped == (1010.1, STAMPS_JUMPED)
+    assert clock.source == "arrival"
+
+
+def test_packets_that_lay_there_when_a_connection_opened_are_no_jump():
+    clock = CaptureClock()
+    for second in range(3):
+        observe(clock, 10.0 + 2 * second, 1000.0, 988.0)  # of a camera that sends a picture in two seconds
+    assert observe(clock, 16.0, 1004.0, 988.0) == 1004.0
+    assert clock.jumped is None
+
+
 def test_whose_clock_gave_the_time_is_told():
     clock = CaptureClock()
     observe(clock, 10.0, arrived=1000.3, start_realtime=None)

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from ingest.address import BadUrl
-from ingest.archive import UnsupportedMedia, probe
+from ingest.archive import ArchiveLimits, UnsupportedMedia, probe
 from ingest.assignment import Camera
 from ingest.camera import CameraAuthFailed, CameraPathNotFound, CameraTimeout, CameraUnreachable
 from ingest.sandbox import Sandbox
@@ -24,14 +24,14 @@ SECRET = "wr0ng-" + "s3cret"  # in two parts, so that no source line of a traceb
 
 @pytest.mark.parametrize("name", ["bikes", "carphone_pristine"])
 def test_a_file_looks_the_same_in_a_process_of_its_own(name):
-    assert Sandbox(settings()).archive(real_clip(name)) == probe(real_clip(name))
+    assert Sandbox(settings()).archive(real_clip(name)) == probe(real_clip(name), ArchiveLimits())
 
 
 def test_what_is_no_video_is_refused_as_it_is_here(tmp_path):
     path = tmp_path / "notes.mp4"
     path.write_text("no video")
     with pytest.raises(UnsupportedMedia) as here:
-        probe(path)
+        probe(path, ArchiveLimits())
     with pytest.raises(UnsupportedMedia) as there:
         Sandbox(settings()).archive(path)
     assert str(there.value) == str(here.value)

@@ -400,7 +400,7 @@ async def test_a_hanging_reading_thread_is_replaced(tmp_path):
         frames: list[Frame] = []
         await until(lambda: frames.extend(worker.take(9)) or frames)
         worker.supervise(time.monotonic() + 60)  # a minute in which FFmpeg has not come back
-        assert worker.report(time.time()).state == "reconnecting"
+        assert worker.news(time.time()).state == "reconnecting"
         count = len(frames)
         await until(lambda: frames.extend(worker.take(9)) or len(frames) >= count + 2)
         await until(lambda: worker.stuck_threads == 0)  # it was not stuck in truth, and has ended
@@ -419,10 +419,7 @@ async def test_an_archive_waits_for_room_instead_of_dropping(tmp_path):
         taken = worker.take(8)
         assert len(taken) <= 2
         frames += taken
-        if taken:
-            worker.settled(taken, time.time())
         await asyncio.sleep(0.001)
-    await until(lambda: worker.is_over)
+    await until(lambda: worker.news(time.time()).is_read)
     worker.join(5)
     assert [frame.slot for frame in frames] == list(range(20))
-    assert worker.report(time.time()).status == "ready"
