@@ -6,7 +6,7 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
-from urllib.parse import SplitResult, quote, urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 ALLOWED_NETWORKS_SETTING = "TOKENLINE_INGEST__ALLOWED_NETWORKS"
 CAMERA_PORTS = {"rtsp": 554, "rtsps": 322}
@@ -68,21 +68,6 @@ def resolve_camera(url: str, policy: AddressPolicy) -> str:
 def resolve_download(url: str, policy: AddressPolicy) -> str:
     """Return the checked numeric address of an HTTP URL's host; blocks on the resolver. Raises BadUrl."""
     return _resolve(url, DOWNLOAD_PORTS, policy)
-
-
-def camera_url(url: str, username: str | None, password: str | None, address: str | None = None) -> str:
-    """Return the URL to open: credentials percent-encoded into it, the host replaced by `address` if given.
-
-    The result holds the password: never log it, nor any text of an error that came of it.
-    """
-    parts = urlsplit(url)
-    host = address if address is not None else (parts.hostname or "")
-    place = f"[{host}]" if ":" in host else host
-    if parts.port is not None:
-        place += f":{parts.port}"
-    if username is not None or password is not None:
-        place = f"{quote(username or '', safe='')}:{quote(password or '', safe='')}@{place}"
-    return parts._replace(netloc=place).geturl()
 
 
 def public_url(url: str) -> str:

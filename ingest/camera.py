@@ -7,6 +7,7 @@ process; the text of every PyAV error holds the whole URL, password included; `f
 """
 
 import logging
+import ssl
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
@@ -18,10 +19,11 @@ from av import Packet, VideoStream
 from av.container import InputContainer
 from av.error import FFmpegError, HTTPForbiddenError, HTTPNotFoundError, HTTPUnauthorizedError
 
-from ingest.address import AddressPolicy, UnknownHost, camera_url, resolve_camera
+from ingest.address import AddressPolicy, UnknownHost, resolve_camera
 from ingest.assignment import Camera
 from ingest.clock import CaptureClock
 from ingest.keyframe import snapshot
+from ingest.relay import NotRtsp, Redirects, Relay
 from ingest.sampler import Sampler, slot_of
 from ingest.settings import IngestSettings
 
@@ -47,6 +49,10 @@ class CameraAuthFailed(CameraFault, PermissionError):
 
 class CameraPathNotFound(CameraFault, LookupError):
     """The camera answers, but has no such stream."""
+
+
+class CameraRedirects(CameraFault, ConnectionError):
+    """The camera sends its readers to another address."""
 
 
 class CameraTimeout(CameraFault, TimeoutError):
@@ -108,38 +114,44 @@ class CameraSession:
 
     def pictures(self) -> Generator[Picture]:
         """Yield chosen pictures; returns only when halted. Raises CameraFault, and BadUrl for a forbidden address."""
-        container = self._open()
-        try:
-            for packet, time_s in self._packets(container):
-                if self._gate.wants(packet.is_keyframe, time_s):
-                    yield from self._decode(packet, _start_realtime(container))
-        finally:
-            container.close()
+        with self._connected() as relay:
+            container = self._open(relay)
+            try:
+                for packet, time_s in self._packets(container):
+                    if self._gate.wants(packet.is_keyframe, time_s):
+                        yield from self._decode(packet, _start_realtime(container))
+            finally:
+                container.close()
         if not self._halt.is_set():
             raise CameraEnded("the camera ended the connection")
 
-    def _open(self) -> InputContainer:
-        camera, settings = self._camera, self._settings
+    def _connected(self) -> Relay:
+        fault: CameraFault
         try:
-            address = resolve_camera(camera.url, AddressPolicy(settings.allowed_networks))
+            address = resolve_camera(self._camera.url, AddressPolicy(self._settings.allowed_networks))
+            return Relay(self._camera.url, address, self._settings.open_timeout_s)
         except UnknownHost as error:
-            raise CameraUnreachable(str(error)) from None
-        secure = camera.url.startswith("rtsps:")
-        # TLS servers are chosen by name, so only a plain connection can be nailed to the address that was checked.
-        url = camera_url(camera.url, camera.username, camera.password, None if secure else address)
+            fault = CameraUnreachable(str(error))
+        except OSError as error:
+            fault = _fault(error)
+        raise fault
+
+    def _open(self, relay: Relay) -> InputContainer:
+        camera, settings = self._camera, self._settings
+        url = relay.reader_url(camera.username, camera.password)
         options = {
             "rtsp_transport": camera.transport,
             "allowed_media_types": "video",  # sound would keep a connection alive whose video has stalled
             "fpsprobesize": "0",
             "analyzeduration": "2000000",
-            "protocol_whitelist": "rtsp,rtp,tcp,udp,tls" if secure else "rtsp,rtp,tcp,udp",
+            "protocol_whitelist": "rtsp,rtp,tcp,udp",
         }
         fault: CameraFault
         try:
             timeout = (settings.open_timeout_s, settings.read_timeout_s)
             container = av.open(url, format="rtsp", options=options, timeout=timeout)
         except (FFmpegError, OSError, ValueError) as error:
-            fault = _fault(error)
+            fault = _fault(relay.error or error)
         else:
             if container.streams.video:
                 return container
@@ -285,7 +297,11 @@ def _fault(error: Exception) -> CameraFault:
         return CameraPathNotFound("the camera has no stream at this path")
     if isinstance(error, TimeoutError | av.error.ExitError):
         return CameraTimeout("the camera sent nothing for too long")
-    if isinstance(error, av.error.InvalidDataError):
+    if isinstance(error, Redirects):
+        return CameraRedirects("the camera redirects to another address: register that one if it is the right one")
+    if isinstance(error, ssl.SSLError):
+        return CameraUnreachable("what answers at this address does not speak TLS as we do: try rtsp:// if you may")
+    if isinstance(error, av.error.InvalidDataError | NotRtsp):
         return CameraUnreachable("what answers at this address does not speak RTSP, or answers too late")
     if isinstance(error, ConnectionRefusedError):
         return CameraUnreachable("connection refused: nothing listens on this port")

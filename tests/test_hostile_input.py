@@ -19,9 +19,8 @@ import pytest
 from ingest.address import AddressPolicy
 from ingest.assignment import Archive, ArchiveReport, Assignment, Camera
 from ingest.download import Downloader
-from ingest.sandbox import Sandbox
 from qa_service.settings import ApiSettings
-from tests.ingest_parts import MemoryDesk, MemorySink, encode, real_clip, settings, simulated_camera, steady, until
+from tests.ingest_parts import MemoryDesk, MemorySink, encode, real_clip, simulated_camera, steady, until
 from tests.qa_http import Service, serving
 from tests.test_ingest_camera import listener
 from tests.test_ingest_service import running
@@ -498,21 +497,3 @@ async def test_what_is_fetched_and_is_no_plain_video_fails_and_leads_nowhere(tmp
     assert "video" in (report.error or "")
     assert accepted == []
     assert list(tmp_path.iterdir()) == []
-
-
-# A camera that sends the reader elsewhere
-
-
-def rtsp_redirect(port: int) -> Callable[[socket.socket], None]:
-    answer = f"RTSP/1.0 302 Found\r\nCSeq: 1\r\nLocation: rtsp://127.0.0.2:{port}/inside\r\n\r\n".encode()
-    return lambda connection: connection.sendall(answer)
-
-
-@pytest.mark.xfail(reason="FFmpeg follows RTSP redirects, and no option of it forbids that", strict=True)
-def test_a_camera_that_redirects_to_a_neighbour_is_not_followed():
-    with listener(host="127.0.0.2") as (inside, accepted), answering(rtsp_redirect(inside)) as port:
-        with pytest.raises(Exception, match=r"camera|connection|address"):
-            Sandbox(settings(allowed_networks=("127.0.0.1/32",), open_timeout_s=1.0)).camera(
-                Camera(f"rtsp://127.0.0.1:{port}/cam")
-            )
-        assert accepted == []

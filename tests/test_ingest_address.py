@@ -6,7 +6,6 @@ from ingest.address import (
     AddressPolicy,
     BadUrl,
     UnknownHost,
-    camera_url,
     check_camera_url,
     check_download_url,
     public_url,
@@ -101,15 +100,6 @@ async def test_credentials_inside_the_url_are_refused_without_repeating_them():
 async def test_a_host_that_does_not_resolve_is_named():
     with pytest.raises(UnknownHost, match=r"no-such-camera\.invalid"):
         await check_camera_url("rtsp://no-such-camera.invalid/cam", PUBLIC)
-
-
-def test_credentials_are_percent_encoded_into_the_url():
-    url = camera_url("rtsp://cam.example:554/a?b=c", "u@x", "p@s:s/w#r d%41")
-    assert url == "rtsp://u%40x:p%40s%3As%2Fw%23r%20d%2541@cam.example:554/a?b=c"
-
-
-def test_the_checked_address_takes_the_place_of_the_host():
-    assert camera_url("rtsp://cam.example:554/a", None, None, "2001:db8::1") == "rtsp://[2001:db8::1]:554/a"
 
 
 def test_a_public_url_has_neither_credentials_nor_query():
