@@ -111,7 +111,7 @@ async def test_many_cameras_opened_at_once_come_online_without_a_stampede(tmp_pa
     share = how.cameras_per_process
     assert len(connected) == len(cameras)
     assert len(sockets) == len(cameras) / share
-    assert max(sockets) <= share + 2  # and the line to its parent, twice
+    assert max(sockets) <= 3 * share + 2  # the relay has three a camera; and the line to the parent, twice
     # A process begins with one camera and goes on with the next; only the processes start side by side.
     assert max(connected) - min(connected) > 0.8 * (share - 1) * START_SPACING_S
     at_once = Counter(int(moment / START_SPACING_S) for moment in connected)
