@@ -28,7 +28,7 @@ _PARTING_S = 0.5  # for the last words of FFmpeg
 
 # Waking up for every packet would cost as much as reading it, and no second needs to be known so soon. Not at once:
 # what waited while the stream was opened must come in one go, for only so it is known to have waited.
-_PAUSE_S = 0.02
+_PAUSE_S = 0.04
 _PAUSES_AFTER_S = 5.0
 
 _STATUS = re.compile(rb"RTSP/\d\.\d ([1-9]\d\d)(?: .*)?")

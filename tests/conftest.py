@@ -1,6 +1,8 @@
 """Fixtures that more than one part's tests share."""
 
+import faulthandler
 import signal
+import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -11,6 +13,13 @@ from tests.untrained import write_untrained_checkpoint
 
 # A shell lets what it starts in the background ignore Ctrl-C, and so do all processes started from there.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+EXIT_WITHIN_S = 120
+
+
+def pytest_unconfigure() -> None:
+    """A thread that a test left behind would keep the run from ending: show where all of them are, and fail."""
+    faulthandler.dump_traceback_later(EXIT_WITHIN_S, exit=True, file=sys.__stderr__)
 
 
 @pytest.fixture(scope="session")
