@@ -59,7 +59,7 @@ class ReadingProcesses:
         with self._lock:
             for process in self._processes:
                 process.remove(feed)
-            self._processes = [process for process in self._processes if not process.is_idle]
+            self._processes = [process for process in self._processes if not process.has_ended]
 
     @property
     def has_failed(self) -> bool:
@@ -124,9 +124,9 @@ class ReadingProcess:
 
     @property
     def pid(self) -> int | None:
-        """The child's; None while there is none."""
+        """The child's; None while there is none, and when it is to end."""
         child = self._child
-        return None if child is None else child.pid
+        return None if child is None or self._halt.is_set() else child.pid
 
     @property
     def has_failed(self) -> bool:
@@ -134,8 +134,9 @@ class ReadingProcess:
         return not (self._thread.is_alive() or self._halt.is_set())
 
     @property
-    def is_idle(self) -> bool:
-        return not self._feeds
+    def has_ended(self) -> bool:
+        """Whether nothing is left of it; a while after the halt."""
+        return self._halt.is_set() and not self._thread.is_alive()
 
     def start(self) -> None:
         self._thread.start()
