@@ -23,14 +23,16 @@ class PacketIndex:
 
     `times` (n,) are the presentation times with steps between joined parts taken out by `shift` (n,);
     `ends` (n,) the times at which their pictures end, `is_timed` tells whether every packet has one; `is_entry` (n,)
-    marks packets to jump to. `start_s` is the time of
-    the first picture by the file's own clock; all else counts from it, as does `end_s`, the end of the last picture.
+    marks packets to jump to, `is_shown` (n,) those whose pictures belong to the film: what was trimmed off without
+    encoding again is only there to be decoded. `start_s` is the time of the first picture by the file's own clock; all
+    else counts from it, as does `end_s`, the end of the last picture.
     """
 
     times: NDArray[np.int64]
     ends: NDArray[np.int64]
     shift: NDArray[np.int64]
     is_entry: NDArray[np.bool_]
+    is_shown: NDArray[np.bool_]
     is_timed: bool
     tick_s: float
     frame_s: float
@@ -49,6 +51,7 @@ class PacketIndex:
         ticks: list[int] = []
         shifts: list[int] = []
         entries: list[bool] = []
+        shown: list[bool] = []
         joints = _Joints(frame_ticks)
         for packet in packets:
             if halt.is_set():
@@ -58,20 +61,23 @@ class PacketIndex:
             ticks.append(packet.duration or frame_ticks)
             shifts.append(shift)
             entries.append(_is_entry(packet))
+            shown.append(not packet.is_discard)
         known = [time for time in times if time is not None]
-        start = min(known, default=0)
-        is_timed = bool(known) and len(known) == len(times)
+        film = [time for time, is_shown in zip(times, shown, strict=True) if is_shown and time is not None]
+        start = min(film, default=0)
+        is_timed = bool(film) and len(known) == len(times)
         moments = np.array(known if is_timed else [], np.int64) - start
         return cls(
             times=moments,
             ends=moments + np.array(ticks[: len(moments)], np.int64),
             shift=np.array(shifts, np.int64) - start,
             is_entry=np.array(entries, np.bool_),
+            is_shown=np.array(shown, np.bool_),
             is_timed=is_timed,
             tick_s=tick_s,
             frame_s=frame_s,
             start_s=start * tick_s,
-            end_s=_end_ticks(known, ticks, start) * tick_s,
+            end_s=_end_ticks(film, list(itertools.compress(ticks, shown)), start) * tick_s,
             codec=stream.codec_context.name,
         )
 
@@ -81,9 +87,9 @@ class PacketIndex:
         A picture that is said to last through a hole fills it. Without a steady rate holes mean nothing: cameras and
         screen recorders leave pictures out while nothing changes.
         """
-        if len(self.times) < _FEWEST_FOR_RATE:
+        order = self.in_time()
+        if len(order) < _FEWEST_FOR_RATE:
             return []
-        order = np.argsort(self.times, kind="stable")
         times, ends = self.times[order], self.ends[order]
         steps = np.diff(times)
         usual = float(np.median(steps))
@@ -91,6 +97,11 @@ class PacketIndex:
             return []
         found = np.flatnonzero((steps > _HOLE_STEPS * usual) & (times[1:] - ends[:-1] > _HOLE_STEPS * usual))
         return [(float(ends[at]) * self.tick_s, float(times[at + 1]) * self.tick_s) for at in found]
+
+    def in_time(self) -> NDArray[np.int64]:
+        """Return the numbers of the packets that are shown, in the order of showing."""
+        order = np.argsort(self.times, kind="stable")
+        return order[self.is_shown[order]]
 
 
 @dataclass(frozen=True)
@@ -112,7 +123,7 @@ class DecodePlan:
             count = len(index.shift)
             return cls(np.empty(0, np.int64), np.zeros(count, np.bool_), np.ones(count, np.bool_), False)
         of_packet = np.floor(index.times * index.tick_s * fps + 1e-6).astype(np.int64)
-        in_time = np.argsort(index.times, kind="stable")
+        in_time = index.in_time()
         slots, first = np.unique(of_packet[in_time], return_index=True)
         keep = slots >= first_slot
         wanted = np.zeros(len(index.times), np.bool_)

@@ -40,9 +40,11 @@ def expected(times: list[float], fps: float = 1.0) -> list[tuple[int, int]]:
 
 
 def slots_and_numbers(path: Path, fps: float = 1.0) -> list[tuple[int, int]]:
-    found, missing = read(path, fps)
-    assert missing == []
-    return [(slot, number) for slot, _, number in found]
+    """Slot and number of every picture of a file that is whole, and of which nothing else may be said."""
+    reader = ArchiveReader(path, fps=fps, last_slot=None, limits=LIMITS)
+    found = [(picture.slot, number_of(picture.image)) for picture in reader.pictures(Event())]
+    assert (reader.missing, reader.damaged, reader.is_cut) == ([], 0, False)
+    return found
 
 
 @pytest.mark.parametrize(
@@ -377,3 +379,20 @@ def test_pictures_are_those_that_the_ffmpeg_program_shows(tmp_path, turn):
     ours = np.stack([maker.pixels(picture.image).astype(int) for picture in reader.pictures(Event())])
     assert ours.shape == theirs.shape
     assert np.abs(ours - theirs).mean() < 1.5
+
+
+@pytest.mark.parametrize("start_s", [0.3, 1.9, 3.3])
+@pytest.mark.parametrize("bframes", [0, 3])
+def test_a_film_trimmed_without_encoding_begins_where_it_is_shown(tmp_path, start_s, bframes):
+    """What comes before is still in the file, for the decoder alone: an edit list says so."""
+    whole, path = encode(tmp_path / "whole.mp4", steady(10), bframes=bframes, gop=75), tmp_path / "trimmed.mp4"
+    command = [ffmpeg(), "-nostdin", "-v", "error", "-ss", str(start_s), "-i", whole, "-t", "4", "-c", "copy", path]
+    subprocess.run(command, check=True)
+    with av.open(str(path)) as container:
+        assert any(packet.is_discard for packet in container.demux(video=0))
+    with av.open(str(path)) as container:
+        shown = [(image.time, number_of(image)) for image in container.decode(video=0)]
+    first: dict[int, int] = {}
+    for time, number in shown:
+        first.setdefault(math.floor(time - shown[0][0] + 1e-6), number)
+    assert slots_and_numbers(path) == sorted(first.items())
