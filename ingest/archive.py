@@ -6,6 +6,7 @@ of decoding), the second decodes only what the wanted pictures need, exactly as 
 
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -27,6 +28,7 @@ from ingest.settings import IngestSettings
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,h264,hevc,mjpeg,ogg"
 RAW_FORMATS = frozenset({"h264", "hevc", "mjpeg", "mpegvideo"})
 PROBED_PACKETS = 500
+_FFMPEG_STREAMS = 1000  # that it opens at most unless told otherwise
 
 
 class UnsupportedMedia(ValueError):
@@ -67,7 +69,10 @@ class ArchiveLimits:
     def check_length(self, seconds: float) -> None:
         """Raise UnsupportedMedia for more video than is read."""
         if seconds > self.video_s:
-            raise UnsupportedMedia(f"the file states {seconds:.0f} s of video; at most {self.video_s:g} s are read")
+            raise UnsupportedMedia(
+                f"the file states {seconds:.0f} s of video; at most {self.video_s:g} s are read; "
+                "TOKENLINE_INGEST__MAX_VIDEO_S sets the limit"
+            )
 
 
 def probe(path: Path, limits: ArchiveLimits) -> ArchiveFacts:
@@ -86,26 +91,20 @@ def probe(path: Path, limits: ArchiveLimits) -> ArchiveFacts:
 
 def open_archive(path: Path, limits: ArchiveLimits) -> InputContainer:
     """Open a file without following anything it may refer to. Raises UnsupportedMedia and MemoryError."""
-    # FFmpeg itself stops at so many streams while it opens the file: a header may name thousands.
-    options = {"protocol_whitelist": "file", "format_whitelist": FORMATS, "max_streams": str(limits.streams)}
-    reason = None
+    container = _open(path, limits)
     try:
-        container = av.open(f"file:{path.absolute()}", options=options)
-    except MemoryError:  # says nothing about the file
-        raise
-    except FileNotFoundError:
-        reason = "the file is not there any more"
-    except (FFmpegError, OSError, ValueError):  # their texts hold the path
-        reason = "the file is not a video in a known format, or its index was cut off"
-    if reason is not None:
-        raise UnsupportedMedia(reason)
-    try:
-        context = video_stream(container).codec_context
+        if len(container.streams) > limits.streams:
+            raise UnsupportedMedia(
+                f"the file has more than {limits.streams} streams; TOKENLINE_INGEST__MAX_STREAMS sets the limit"
+            )
+        stream = video_stream(container)
+        context = stream.codec_context
         if context is None:
             raise UnsupportedMedia("the video is in a codec that is not known, or its header is damaged")
         if context.width * context.height > limits.pixels:
             raise UnsupportedMedia(
-                f"the pictures have {context.width}x{context.height} pixels; at most {limits.pixels} are decoded"
+                f"the pictures have {context.width}x{context.height} pixels; at most {limits.pixels} are decoded; "
+                "TOKENLINE_INGEST__MAX_PIXELS sets the limit"
             )
         limits.check_length(duration_s(container) or 0.0)
         context.thread_count = 1  # also what makes skip_frame act on the very next packet
@@ -114,6 +113,27 @@ def open_archive(path: Path, limits: ArchiveLimits) -> InputContainer:
         container.close()
         raise
     return container
+
+
+def _open(path: Path, limits: ArchiveLimits) -> InputContainer:
+    # A header may name thousands of streams, each of which takes memory: FFmpeg stops at the first that is too many.
+    # Some formats go on without the rest; of others it says that there is no memory, also when there is.
+    with suppress(MemoryError):
+        return _open_with(path, limits.streams + 1)
+    return _open_with(path, _FFMPEG_STREAMS)
+
+
+def _open_with(path: Path, streams: int) -> InputContainer:
+    options = {"protocol_whitelist": "file", "format_whitelist": FORMATS, "max_streams": str(streams)}
+    try:
+        return av.open(f"file:{path.absolute()}", options=options)
+    except MemoryError:  # says nothing about the file
+        raise
+    except FileNotFoundError:
+        reason = "the file is not there any more"
+    except (FFmpegError, OSError, ValueError):  # their texts hold the path
+        reason = "the file is not a video in a known format, or its index was cut off"
+    raise UnsupportedMedia(reason)
 
 
 def video_stream(container: InputContainer) -> VideoStream:

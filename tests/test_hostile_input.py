@@ -370,7 +370,7 @@ BOMBS = {
     "a file that states enormous pictures": (states_enormous_pictures, "pixels"),
     "a file whose pictures are enormous": (holds_enormous_pictures, "no picture"),
     "a file that states years": (states_years, "s of video"),
-    "a file of hundreds of streams": (has_hundreds_of_streams, "cannot be decoded"),
+    "a file of hundreds of streams": (has_hundreds_of_streams, "TOKENLINE_INGEST__MAX_STREAMS"),
 }
 
 

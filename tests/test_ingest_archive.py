@@ -396,3 +396,34 @@ def test_a_film_trimmed_without_encoding_begins_where_it_is_shown(tmp_path, star
     for time, number in shown:
         first.setdefault(math.floor(time - shown[0][0] + 1e-6), number)
     assert slots_and_numbers(path) == sorted(first.items())
+
+
+def many_streams(path: Path, count: int) -> Path:
+    """The same pictures in so many streams."""
+    source = encode(path.with_name(f"one{path.suffix}"), steady(1), codec="mpeg4")
+    with av.open(str(source)) as video, av.open(str(path), "w") as container:
+        streams = [container.add_stream_from_template(video.streams.video[0]) for _ in range(count)]
+        for packet in video.demux(video=0):
+            if packet.dts is not None:
+                times, data = (packet.pts, packet.dts, packet.time_base), bytes(packet)
+                for stream in streams:
+                    copy = av.Packet(data)
+                    copy.pts, copy.dts, copy.time_base = times
+                    copy.is_keyframe, copy.stream = packet.is_keyframe, stream
+                    container.mux(copy)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [(f"many.{ending}", count) for ending in ("mkv", "ts", "mp4", "avi") for count in (64, 65, 66, 90)]
+    + [("many.mkv", 500), ("many.ts", 500), ("many.mp4", 500)],
+)
+def test_a_file_with_too_many_streams_is_refused_by_the_name_of_the_limit(tmp_path, name, count):
+    path = many_streams(tmp_path / name, count)
+    if count == 64:
+        assert probe(path, LIMITS).width == 320
+        return
+    for look in (lambda: probe(path, LIMITS), lambda: read(path)):
+        with pytest.raises(UnsupportedMedia, match="more than 64 streams; TOKENLINE_INGEST__MAX_STREAMS"):
+            look()
