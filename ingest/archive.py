@@ -163,7 +163,9 @@ def packets(container: InputContainer, on_damage: Callable[[], None] = lambda: N
                 yield packet
     except MemoryError:
         raise
-    except (FFmpegError, IndexError):  # PyAV's own, for a packet of a stream that came up on the way
+    except IndexError:  # PyAV's own, behind the last packet of a file in which a stream came up on the way
+        return
+    except FFmpegError:
         on_damage()
 
 
@@ -265,8 +267,13 @@ class ArchiveReader:
                     stream.codec_context.skip_frame = "DEFAULT" if wanted else "NONREF"
                 if packet.pts is not None:
                     packet.pts += int(shift)
-                yield from decode(packet, self._note_damage)
-        yield from flush(stream)
+                yield from self._checked(decode(packet, self._note_damage))
+        yield from self._checked(flush(stream))
+
+    def _checked(self, images: list[av.VideoFrame]) -> list[av.VideoFrame]:
+        """Count those pictures in which the decoder itself had to fill in what is damaged."""
+        self.damaged += sum(image.is_corrupt for image in images)
+        return images
 
     def _beating(self, found: "Iterable[Packet[VideoStream]]") -> "Iterator[Packet[VideoStream]]":
         for packet in found:

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ingest.archive import ArchiveLimits, ArchiveReader, UnsupportedMedia, probe
+from ingest.archive import ArchiveLimits, ArchiveReader, UnsupportedMedia, decode, probe
 from ingest.assignment import Missing
 from ingest.keyframe import KeyframeMaker
-from tests.ingest_parts import encode, ffmpeg, number_of, real_clip, steady
+from tests.ingest_parts import HEIGHT, WIDTH, encode, ffmpeg, number_of, real_clip, steady
 
 LIMITS = ArchiveLimits()
 
@@ -427,3 +427,73 @@ def test_a_file_with_too_many_streams_is_refused_by_the_name_of_the_limit(tmp_pa
     for look in (lambda: probe(path, LIMITS), lambda: read(path)):
         with pytest.raises(UnsupportedMedia, match="more than 64 streams; TOKENLINE_INGEST__MAX_STREAMS"):
             look()
+
+
+def reread(path: Path) -> tuple[ArchiveReader, list[int]]:
+    """A reader that has read a file, and the slots of which it found pictures."""
+    reader = ArchiveReader(path, fps=1.0, last_slot=None, limits=LIMITS)
+    return reader, [picture.slot for picture in reader.pictures(Event())]
+
+
+def test_pictures_in_which_the_decoder_fills_in_what_is_damaged_are_counted(tmp_path):
+    path = tmp_path / "flipped.mp4"
+    data = bytearray(real_clip("bikes").read_bytes())
+    start = data.index(b"mdat") + 4
+    randomness = random.Random(5)
+    for _ in range(40):
+        data[start + randomness.randrange(400_000)] ^= 1 << randomness.randrange(8)
+    path.write_bytes(data)
+    with av.open(str(path)) as container:
+        errors: list[None] = []
+        images = [one for packet in container.demux(video=0) for one in decode(packet, lambda: errors.append(None))]
+    assert not errors
+    assert any(image.is_corrupt for image in images)
+    assert reread(path)[0].damaged
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("open_group.ts", {"bframes": 3, "codec_options": {"x264-params": "open-gop=1:keyint=30"}}),
+        ("refresh.ts", {"codec_options": {"x264-params": "intra-refresh=1:keyint=30"}}),
+        ("hevc.ts", {"codec": "libx265", "bframes": 3, "codec_options": {"x265-params": "log-level=none:keyint=30"}}),
+        ("mpeg2.ts", {"codec": "mpeg2video", "bframes": 2, "gop": 12}),
+    ],
+)
+@pytest.mark.parametrize("share", [0.1, 0.37])
+def test_a_recording_that_begins_between_two_keyframes_is_not_taken_for_one_with_errors(tmp_path, name, options, share):
+    path = encode(tmp_path / name, steady(6), **options)
+    data = path.read_bytes()
+    path.write_bytes(data[int(len(data) * share) // 188 * 188 :])
+    reader, slots = reread(path)
+    assert (reader.damaged, reader.is_cut) == (0, False)
+    assert len(slots) >= 3
+
+
+def noisy(path: Path, pictures: int, sounds: int) -> Path:
+    """A film of noise, so that it is large, with silence beside it."""
+    randomness = np.random.default_rng(1)
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("mpeg2video", rate=25)
+        video.width, video.height, video.codec_context.options = WIDTH, HEIGHT, {"qmin": "1", "qmax": "1"}
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 1152), np.int16), format="s16", layout="mono")
+        silence.rate, silence.pts = 48000, 0
+        voices = [container.add_stream("mp2", rate=48000, layout="mono") for _ in range(sounds)]
+        for voice in voices:
+            container.mux(voice.encode(silence))
+        for _ in range(pictures):
+            noise = randomness.integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
+            container.mux(video.encode(av.VideoFrame.from_ndarray(noise, format="rgb24")))
+        container.mux(video.encode(None))
+    return path
+
+
+def test_a_stream_that_comes_up_late_is_no_damage(tmp_path):
+    """As in a recording whose sound was switched on in between."""
+    joined = tmp_path / "joined.ts"
+    silent, loud = noisy(tmp_path / "silent.ts", 250, 0).read_bytes(), noisy(tmp_path / "loud.ts", 50, 8).read_bytes()
+    joined.write_bytes(silent + loud + silent)  # FFmpeg looks for streams at both ends
+    with av.open(str(joined)) as container:
+        assert len(container.streams) == 1
+    reader, slots = reread(joined)
+    assert (reader.damaged, reader.missing, slots) == (0, [], list(range(22)))
