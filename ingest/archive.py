@@ -23,10 +23,10 @@ from ingest.assignment import Missing
 from ingest.packet_index import DecodePlan, PacketIndex
 from ingest.sampler import Pick, Sampler, slot_of
 from ingest.settings import IngestSettings
+from ingest.stated import Stated, duration_s, is_inconsistent
 
 # One format that can name other files or addresses (playlists, ffconcat, SDP) would open them: only plain containers.
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,h264,hevc,mjpeg,ogg"
-RAW_FORMATS = frozenset({"h264", "hevc", "mjpeg", "mpegvideo"})
 PROBED_PACKETS = 500
 _FFMPEG_STREAMS = 1000  # that it opens at most unless told otherwise
 
@@ -81,11 +81,11 @@ def probe(path: Path, limits: ArchiveLimits) -> ArchiveFacts:
         stream = video_stream(container)
         for number, packet in enumerate(packets(container)):
             for image in decode(packet):
-                return ArchiveFacts(duration_s(container), image.width, image.height, stream.codec_context.name)
+                return ArchiveFacts(duration_s(container, stream), image.width, image.height, stream.codec_context.name)
             if number >= PROBED_PACKETS:
                 break
         for image in flush(stream):
-            return ArchiveFacts(duration_s(container), image.width, image.height, stream.codec_context.name)
+            return ArchiveFacts(duration_s(container, stream), image.width, image.height, stream.codec_context.name)
     raise UnsupportedMedia("the file holds no picture that can be decoded: it is empty, cut short or damaged")
 
 
@@ -106,7 +106,7 @@ def open_archive(path: Path, limits: ArchiveLimits) -> InputContainer:
                 f"the pictures have {context.width}x{context.height} pixels; at most {limits.pixels} are decoded; "
                 "TOKENLINE_INGEST__MAX_PIXELS sets the limit"
             )
-        limits.check_length(duration_s(container) or 0.0)
+        limits.check_length(duration_s(container, stream) or 0.0)
         context.thread_count = 1  # also what makes skip_frame act on the very next packet
         context.options = {"max_pixels": str(limits.pixels)}
     except UnsupportedMedia:
@@ -142,17 +142,6 @@ def video_stream(container: InputContainer) -> VideoStream:
         if not stream.disposition & Disposition.attached_pic:
             return stream
     raise UnsupportedMedia("the file holds no video")
-
-
-def duration_s(container: InputContainer) -> float | None:
-    """Return the length of the video as the file states it, None when it does not."""
-    stream = video_stream(container)
-    if stream.duration and stream.time_base:
-        return float(stream.duration * stream.time_base)
-    if not container.duration:
-        return None
-    # Matroska and FLV count from time 0, also when the first picture comes later.
-    return (container.duration - max(0, container.start_time or 0)) / av.time_base or None
 
 
 def packets(container: InputContainer, on_damage: Callable[[], None] = lambda: None) -> "Iterator[Packet[VideoStream]]":
@@ -221,9 +210,12 @@ class ArchiveReader:
     def pictures(self, halt: Event) -> Generator[ArchivePicture]:
         """Yield the pictures in slot order until the end of the file or `halt`. Raises UnsupportedMedia."""
         with open_archive(self._path, self._limits) as container:
-            stated = _Stated.of(container)
+            stream = video_stream(container)
+            stated = Stated.of(container, stream, self._path)
+            if is_inconsistent(container, stream, self._path, self._beat):
+                self._note_damage()
             found = self._beating(packets(container, self._note_damage))
-            index = PacketIndex.read(video_stream(container), found, halt)
+            index = PacketIndex.read(stream, found, halt)
         if halt.is_set():
             return
         self.held_s = index.end_s
@@ -293,37 +285,6 @@ class ArchiveReader:
             spans.append((slot_of(index.end_s, self._fps), math.ceil((self.duration_s or 0) * self._fps - 1e-6)))
         lacking = [np.arange(max(start, self._first_slot), end, dtype=np.int64) for start, end in spans]
         return np.unique(np.concatenate([slots, *lacking]))
-
-
-@dataclass(frozen=True, slots=True)
-class _Stated:
-    """When the video of a file starts and how long it is, as the file says; None where it does not.
-
-    A file that holds less by more than `tolerance_s` was cut. To be read before the packets are: FFmpeg changes what it
-    says by what it has seen.
-    """
-
-    start_s: float | None
-    length_s: float | None
-    tolerance_s: float = 0.25
-
-    @classmethod
-    def of(cls, container: InputContainer) -> "_Stated":
-        stream = video_stream(container)
-        if container.format.name in RAW_FORMATS:
-            return cls(None, None)  # they hold no length: FFmpeg guesses one from the bit rate
-        if stream.duration and stream.time_base:
-            start = None if stream.start_time is None else float(stream.start_time * stream.time_base)
-            return cls(start, float(stream.duration * stream.time_base))
-        start_s = None if container.start_time is None else container.start_time / av.time_base
-        # What is stated for all streams together may be the length of the sound.
-        return cls(start_s, duration_s(container), 0.25 if len(container.streams) == 1 else 1.5)
-
-    def end_s(self, first_s: float) -> float:
-        """Return the end counted from the first picture, which comes at `first_s`; 0 where it is not stated."""
-        if self.length_s is None:
-            return 0.0
-        return self.length_s if self.start_s is None else self.start_s + self.length_s - first_s
 
 
 def _runs(slots: NDArray[np.int64]) -> list[Missing]:

@@ -17,7 +17,7 @@ from PIL import Image
 from ingest.archive import ArchiveLimits, ArchiveReader, UnsupportedMedia, decode, probe
 from ingest.assignment import Missing
 from ingest.keyframe import KeyframeMaker
-from tests.ingest_parts import HEIGHT, WIDTH, encode, ffmpeg, number_of, real_clip, steady
+from tests.ingest_parts import HEIGHT, WIDTH, encode, ffmpeg, number_of, paint, real_clip, steady
 
 LIMITS = ArchiveLimits()
 
@@ -90,6 +90,7 @@ def digest(frame: av.VideoFrame) -> str:
         ("mpeg4.avi", {"codec": "mpeg4", "gop": 12}),
         ("vp9.webm", {"codec": "libvpx-vp9", "codec_options": {"deadline": "realtime", "cpu-used": "8"}}),
         ("intra.avi", {"codec": "mjpeg", "codec_options": {"strict": "unofficial"}}),
+        ("wmv.asf", {"codec": "wmv2", "gop": 12}),
         ("fragmented.mp4", {"bframes": 2, "container_options": {"movflags": "frag_keyframe+empty_moov"}}),
         ("av1.mkv", {"codec": "libsvtav1", "codec_options": {"preset": "8", "crf": "10", "svtav1-params": "lp=1"}}),
         ("ten_bits.mp4", {"bframes": 2, "pix_fmt": "yuv420p10le"}),
@@ -381,58 +382,88 @@ def test_pictures_are_those_that_the_ffmpeg_program_shows(tmp_path, turn):
     assert np.abs(ours - theirs).mean() < 1.5
 
 
-@pytest.mark.parametrize("start_s", [0.3, 1.9, 3.3])
-@pytest.mark.parametrize("bframes", [0, 3])
-def test_a_film_trimmed_without_encoding_begins_where_it_is_shown(tmp_path, start_s, bframes):
-    """What comes before is still in the file, for the decoder alone: an edit list says so."""
-    whole, path = encode(tmp_path / "whole.mp4", steady(10), bframes=bframes, gop=75), tmp_path / "trimmed.mp4"
-    command = [ffmpeg(), "-nostdin", "-v", "error", "-ss", str(start_s), "-i", whole, "-t", "4", "-c", "copy", path]
-    subprocess.run(command, check=True)
-    with av.open(str(path)) as container:
-        assert any(packet.is_discard for packet in container.demux(video=0))
-    with av.open(str(path)) as container:
-        shown = [(image.time, number_of(image)) for image in container.decode(video=0)]
-    first: dict[int, int] = {}
-    for time, number in shown:
-        first.setdefault(math.floor(time - shown[0][0] + 1e-6), number)
-    assert slots_and_numbers(path) == sorted(first.items())
-
-
-def many_streams(path: Path, count: int) -> Path:
-    """The same pictures in so many streams."""
-    source = encode(path.with_name(f"one{path.suffix}"), steady(1), codec="mpeg4")
-    with av.open(str(source)) as video, av.open(str(path), "w") as container:
-        streams = [container.add_stream_from_template(video.streams.video[0]) for _ in range(count)]
-        for packet in video.demux(video=0):
-            if packet.dts is not None:
-                times, data = (packet.pts, packet.dts, packet.time_base), bytes(packet)
-                for stream in streams:
-                    copy = av.Packet(data)
-                    copy.pts, copy.dts, copy.time_base = times
-                    copy.is_keyframe, copy.stream = packet.is_keyframe, stream
-                    container.mux(copy)
-    return path
-
-
-@pytest.mark.parametrize(
-    ("name", "count"),
-    [(f"many.{ending}", count) for ending in ("mkv", "ts", "mp4", "avi") for count in (64, 65, 66, 90)]
-    + [("many.mkv", 500), ("many.ts", 500), ("many.mp4", 500)],
-)
-def test_a_file_with_too_many_streams_is_refused_by_the_name_of_the_limit(tmp_path, name, count):
-    path = many_streams(tmp_path / name, count)
-    if count == 64:
-        assert probe(path, LIMITS).width == 320
-        return
-    for look in (lambda: probe(path, LIMITS), lambda: read(path)):
-        with pytest.raises(UnsupportedMedia, match="more than 64 streams; TOKENLINE_INGEST__MAX_STREAMS"):
-            look()
-
-
 def reread(path: Path) -> tuple[ArchiveReader, list[int]]:
     """A reader that has read a file, and the slots of which it found pictures."""
     reader = ArchiveReader(path, fps=1.0, last_slot=None, limits=LIMITS)
     return reader, [picture.slot for picture in reader.pictures(Event())]
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "options"), [("cut.avi", "mjpeg", {"strict": "unofficial"}), ("cut.asf", "wmv2", {})]
+)
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+def test_an_avi_or_asf_file_that_lost_its_end_reports_the_rest_as_missing(tmp_path, name, codec, options, share):
+    """FFmpeg takes a length that the size of the file does not agree with for a mistake, and makes up its own."""
+    path = encode(tmp_path / name, steady(20), codec=codec, codec_options=options)
+    pictures, _, _ = path.read_bytes().partition(b"idx1")
+    path.write_bytes(pictures[: int(len(pictures) * share)])
+    reader, slots = reread(path)
+    assert reader.is_cut
+    assert reader.duration_s == pytest.approx(20, abs=0.1)
+    lost = {slot for run in reader.missing for slot in range(run.start_slot, run.end_slot)}
+    assert sorted(lost.union(slots)) == list(range(20))
+
+
+class Pipe(io.RawIOBase):
+    """Takes bytes and cannot go back, so that what is written to it has a header that knows no length."""
+
+    def __init__(self) -> None:
+        self.written = b""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: object) -> int:
+        self.written += bytes(data)
+        return len(data)
+
+
+@pytest.mark.parametrize(("form", "codec"), [("avi", "mpeg4"), ("asf", "wmv2"), ("flv", "flv"), ("matroska", "mpeg4")])
+def test_a_file_that_was_written_to_a_pipe_is_not_cut(tmp_path, form, codec):
+    pipe = Pipe()
+    with av.open(pipe, "w", format=form) as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.width, stream.height = WIDTH, HEIGHT
+        for number in range(100):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(paint(number), format="rgb24")))
+        container.mux(stream.encode(None))
+    path = tmp_path / f"piped.{form}"
+    path.write_bytes(pipe.written)
+    assert slots_and_numbers(path) == expected(steady(4))
+
+
+def fragmented(folder: Path) -> Path:
+    options = {"movflags": "frag_keyframe+empty_moov"}
+    return encode(folder / "fragmented.mp4", steady(8), container_options=options)
+
+
+@pytest.mark.parametrize("filling", [b"\xff", b"\0"])
+def test_a_fragmented_file_whose_second_fragment_is_gone_says_so(tmp_path, filling):
+    path = fragmented(tmp_path)
+    data = path.read_bytes()
+    second = data.index(b"moof", data.index(b"moof") + 4) - 4
+    path.write_bytes(data[:second] + filling * 100 + data[second + 100 :])
+    reader, slots = reread(path)  # FFmpeg takes this for the end of the file
+    assert slots == [0]
+    assert reader.damaged
+
+
+def test_room_that_was_never_used_behind_a_fragmented_file_is_no_damage(tmp_path):
+    path = fragmented(tmp_path)
+    path.write_bytes(path.read_bytes() + bytes(3 * 2**20))
+    assert slots_and_numbers(path) == expected(steady(8))
+
+
+def test_headers_that_contradict_each_other_about_the_time_are_damage(tmp_path):
+    movie = encode(tmp_path / "fast.mp4", steady(4))
+    data = bytearray(movie.read_bytes())
+    data[data.index(b"mdhd") + 16] ^= 1  # a bit of the ticks in a second: now 16 million more
+    movie.write_bytes(data)
+    film = encode(tmp_path / "slow.avi", steady(4), codec="mjpeg", codec_options={"strict": "unofficial"})
+    data = bytearray(film.read_bytes())
+    data[data.index(b"strh") + 29] ^= 4  # a bit of the time of a picture: now 1,024 more
+    film.write_bytes(data)
+    assert [reread(path)[0].damaged for path in (movie, film)] == [1, 1]
 
 
 def test_pictures_in_which_the_decoder_fills_in_what_is_damaged_are_counted(tmp_path):
@@ -470,6 +501,23 @@ def test_a_recording_that_begins_between_two_keyframes_is_not_taken_for_one_with
     assert len(slots) >= 3
 
 
+@pytest.mark.parametrize("start_s", [0.3, 1.9, 3.3])
+@pytest.mark.parametrize("bframes", [0, 3])
+def test_a_film_trimmed_without_encoding_begins_where_it_is_shown(tmp_path, start_s, bframes):
+    """What comes before is still in the file, for the decoder alone: an edit list says so."""
+    whole, path = encode(tmp_path / "whole.mp4", steady(10), bframes=bframes, gop=75), tmp_path / "trimmed.mp4"
+    command = [ffmpeg(), "-nostdin", "-v", "error", "-ss", str(start_s), "-i", whole, "-t", "4", "-c", "copy", path]
+    subprocess.run(command, check=True)
+    with av.open(str(path)) as container:
+        assert any(packet.is_discard for packet in container.demux(video=0))
+    with av.open(str(path)) as container:
+        shown = [(image.time, number_of(image)) for image in container.decode(video=0)]
+    first: dict[int, int] = {}
+    for time, number in shown:
+        first.setdefault(math.floor(time - shown[0][0] + 1e-6), number)
+    assert slots_and_numbers(path) == sorted(first.items())
+
+
 def noisy(path: Path, pictures: int, sounds: int) -> Path:
     """A film of noise, so that it is large, with silence beside it."""
     randomness = np.random.default_rng(1)
@@ -497,3 +545,34 @@ def test_a_stream_that_comes_up_late_is_no_damage(tmp_path):
         assert len(container.streams) == 1
     reader, slots = reread(joined)
     assert (reader.damaged, reader.missing, slots) == (0, [], list(range(22)))
+
+
+def many_streams(path: Path, count: int) -> Path:
+    """The same pictures in so many streams."""
+    source = encode(path.with_name(f"one{path.suffix}"), steady(1), codec="mpeg4")
+    with av.open(str(source)) as video, av.open(str(path), "w") as container:
+        streams = [container.add_stream_from_template(video.streams.video[0]) for _ in range(count)]
+        for packet in video.demux(video=0):
+            if packet.dts is not None:
+                times, data = (packet.pts, packet.dts, packet.time_base), bytes(packet)
+                for stream in streams:
+                    copy = av.Packet(data)
+                    copy.pts, copy.dts, copy.time_base = times
+                    copy.is_keyframe, copy.stream = packet.is_keyframe, stream
+                    container.mux(copy)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [(f"many.{ending}", count) for ending in ("mkv", "ts", "mp4", "avi") for count in (64, 65, 66, 90)]
+    + [("many.mkv", 500), ("many.ts", 500), ("many.mp4", 500)],
+)
+def test_a_file_with_too_many_streams_is_refused_by_the_name_of_the_limit(tmp_path, name, count):
+    path = many_streams(tmp_path / name, count)
+    if count == 64:
+        assert probe(path, LIMITS).width == 320
+        return
+    for look in (lambda: probe(path, LIMITS), lambda: read(path)):
+        with pytest.raises(UnsupportedMedia, match="more than 64 streams; TOKENLINE_INGEST__MAX_STREAMS"):
+            look()
