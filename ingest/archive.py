@@ -181,10 +181,11 @@ class ArchiveReader:
     """Reads the pictures of a file's slots that come after `last_slot`.
 
     `duration_s` is the length that the file states and `held_s` what it holds of it, known once the first picture
-    comes; `is_cut` tells whether that is less. `damaged` counts the errors of reading and decoding. `missing` grows by
-    what the reader could not get before each picture: slots whose pictures are damaged, those in a hole of a steady
-    film and, at last, those between the file's real and its stated end. A slot for which a film without a steady rate
-    has no picture is absent without being missing. `beat` is called at every packet.
+    comes; `is_cut` tells whether that is less. `damaged` counts the errors of reading and decoding, the pictures that
+    the decoder had to repair and what the file says of itself but cannot be. `missing` grows by what the reader could
+    not get before each picture: slots whose pictures are damaged, those in a hole of a steady film and, at last, those
+    between the file's real and its stated end. A slot for which a film without a steady rate has no picture is absent
+    without being missing. `beat` is called at every packet.
     """
 
     def __init__(
@@ -221,6 +222,8 @@ class ArchiveReader:
         self.held_s = index.end_s
         self.duration_s = max(index.end_s, stated.end_s(index.start_s))
         self.is_cut = self.duration_s - self.held_s > stated.tolerance_s
+        if self.is_cut and stated.is_of_all and self._last_s() - index.start_s >= self.duration_s - stated.tolerance_s:
+            self.is_cut, self.duration_s = False, self.held_s  # only the sound goes on
         self._limits.check_length(self.duration_s)
         sampler = Sampler(self._fps, last_slot=self._first_slot - 1, frame_s=index.frame_s)
         plan = DecodePlan.build(index, self._fps, self._first_slot)
@@ -235,6 +238,16 @@ class ArchiveReader:
         if next_slot == 0:
             raise UnsupportedMedia("no picture of the file can be decoded: it is empty or damaged")
         self.missing += _runs(expected[expected >= next_slot])
+
+    def _last_s(self) -> float:
+        """Return when the last packet of any stream comes, by the file's own clock."""
+        last_s = 0.0
+        with open_archive(self._path, self._limits) as container, suppress(FFmpegError, IndexError):
+            for packet in container.demux():
+                self._beat()
+                if packet.pts is not None and packet.time_base:
+                    last_s = max(last_s, float(packet.pts * packet.time_base))
+        return last_s
 
     def _walk(
         self, index: PacketIndex, plan: DecodePlan, sampler: Sampler, halt: Event

@@ -14,7 +14,7 @@ from av.container import InputContainer
 RAW_FORMATS = frozenset({"h264", "hevc", "mjpeg", "mpegvideo"})
 
 _TOLERANCE_S = 0.25
-_TOLERANCE_TOGETHER_S = 1.5  # of what is stated for all streams together: it may be the length of the sound
+_TOLERANCE_OF_ALL_S = 1.5
 _AVI_UNKNOWN = 2**30  # frames; FFmpeg writes it where it cannot come back to the header
 _ASF_HEAD_BYTES = 2**16
 _ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
@@ -31,30 +31,34 @@ _BLOCK_BYTES = 2**20
 class Stated:
     """When the video of a file starts and how long it is, as the file says; None where it does not.
 
-    A file that holds less by more than `tolerance_s` was cut. To be read before the packets are: FFmpeg changes what it
-    says by what it has seen.
+    A file that holds less by more than `tolerance_s` was cut. What `is_of_all` streams together may be the length of
+    the sound. To be read before the packets are: FFmpeg changes what it says by what it has seen.
     """
 
     start_s: float | None
     length_s: float | None
-    tolerance_s: float = _TOLERANCE_S
+    is_of_all: bool = False
 
     @classmethod
     def of(cls, container: InputContainer, stream: VideoStream, path: Path) -> "Stated":
         name = container.format.name
         tick_s = float(stream.time_base) if stream.time_base else 0.0
-        together_s = _TOLERANCE_S if len(container.streams) == 1 else _TOLERANCE_TOGETHER_S
+        has_others = len(container.streams) > 1
         if name in RAW_FORMATS:
             return cls(None, None)  # they hold no length: FFmpeg guesses one from the bit rate
         if name == "avi":  # FFmpeg makes the length of one that was cut shorter, by as much as the file is
             return cls(0.0, stream.frames * tick_s if 0 < stream.frames < _AVI_UNKNOWN else None)
         if name == "asf":  # of one that was cut FFmpeg tells none
-            return cls(0.0, _asf_length_s(path), together_s)
+            return cls(0.0, _asf_length_s(path), has_others)
         if stream.duration and tick_s:
             start_s = None if stream.start_time is None else stream.start_time * tick_s
             return cls(start_s, stream.duration * tick_s)
         start_s = None if container.start_time is None else container.start_time / av.time_base
-        return cls(start_s, duration_s(container, stream), together_s)
+        return cls(start_s, duration_s(container, stream), has_others)
+
+    @property
+    def tolerance_s(self) -> float:
+        return _TOLERANCE_OF_ALL_S if self.is_of_all else _TOLERANCE_S
 
     def end_s(self, first_s: float) -> float:
         """Return the end counted from the first picture, which comes at `first_s`; 0 where it is not stated."""

@@ -432,6 +432,30 @@ def test_a_file_that_was_written_to_a_pipe_is_not_cut(tmp_path, form, codec):
     assert slots_and_numbers(path) == expected(steady(4))
 
 
+@pytest.mark.parametrize(
+    ("name", "codec"), [("film.mkv", "mpeg4"), ("film.flv", "flv"), ("film.asf", "wmv2"), ("film.mp4", "mpeg4")]
+)
+def test_sound_that_goes_on_behind_the_last_picture_does_not_make_a_file_cut(tmp_path, name, codec):
+    path = tmp_path / name
+    with av.open(str(path), "w") as container:
+        video, sound = container.add_stream(codec, rate=25), container.add_stream("libmp3lame", rate=44100)
+        video.width, video.height = WIDTH, HEIGHT
+        for number in range(100):
+            container.mux(video.encode(av.VideoFrame.from_ndarray(paint(number), format="rgb24")))
+        container.mux(video.encode(None))
+        samples = np.zeros((1, 44100), np.int16)
+        for number in range(9):
+            second = av.AudioFrame.from_ndarray(samples, format="s16", layout="mono")
+            second.rate, second.pts = 44100, number * 44100
+            container.mux(sound.encode(second))
+        container.mux(sound.encode(None))
+    assert slots_and_numbers(path) == expected(steady(4))
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) * 2 // 3])
+    if name != "film.mp4":  # which has its index at the end
+        assert reread(path)[0].is_cut
+
+
 def fragmented(folder: Path) -> Path:
     options = {"movflags": "frag_keyframe+empty_moov"}
     return encode(folder / "fragmented.mp4", steady(8), container_options=options)
