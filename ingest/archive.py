@@ -272,12 +272,13 @@ class ArchiveReader:
                     stream.codec_context.skip_frame = "DEFAULT" if wanted else "NONREF"
                 if packet.pts is not None:
                     packet.pts += int(shift)
-                yield from self._checked(decode(packet, self._note_damage))
-        yield from self._checked(flush(stream))
+                yield from self._checked(decode(packet, self._note_damage), index)
+        yield from self._checked(flush(stream), index)
 
-    def _checked(self, images: list[av.VideoFrame]) -> list[av.VideoFrame]:
+    def _checked(self, images: list[av.VideoFrame], index: PacketIndex) -> list[av.VideoFrame]:
         """Count those pictures in which the decoder itself had to fill in what is damaged."""
-        self.damaged += sum(image.is_corrupt for image in images)
+        last = index.times[-1] if index.is_timed else None  # often incomplete: there the recording was stopped
+        self.damaged += sum(image.is_corrupt and image.pts != last for image in images)
         return images
 
     def _beating(self, found: "Iterable[Packet[VideoStream]]") -> "Iterator[Packet[VideoStream]]":

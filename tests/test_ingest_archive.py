@@ -525,6 +525,21 @@ def test_a_recording_that_begins_between_two_keyframes_is_not_taken_for_one_with
     assert len(slots) >= 3
 
 
+@pytest.mark.parametrize("codec", ["libx264", "mpeg2video"])
+def test_a_recording_that_stops_in_the_middle_of_a_picture_is_not_taken_for_one_with_errors(tmp_path, codec):
+    whole = noisy(tmp_path / "whole.ts", 60, 0, codec).read_bytes()
+    path = tmp_path / "stopped.ts"
+    repaired = 0
+    for packets in range(2000, 2400, 40):
+        path.write_bytes(whole[: packets * 188])
+        with av.open(str(path)) as container:
+            repaired += sum(image.is_corrupt for packet in container.demux(video=0) for image in decode(packet))
+        reader = ArchiveReader(path, fps=25.0, last_slot=None, limits=LIMITS)
+        assert len(list(reader.pictures(Event()))) > 5
+        assert (reader.damaged, reader.missing) == (0, [])
+    assert repaired
+
+
 @pytest.mark.parametrize("start_s", [0.3, 1.9, 3.3])
 @pytest.mark.parametrize("bframes", [0, 3])
 def test_a_film_trimmed_without_encoding_begins_where_it_is_shown(tmp_path, start_s, bframes):
@@ -542,11 +557,11 @@ def test_a_film_trimmed_without_encoding_begins_where_it_is_shown(tmp_path, star
     assert slots_and_numbers(path) == sorted(first.items())
 
 
-def noisy(path: Path, pictures: int, sounds: int) -> Path:
+def noisy(path: Path, pictures: int, sounds: int, codec: str = "mpeg2video") -> Path:
     """A film of noise, so that it is large, with silence beside it."""
     randomness = np.random.default_rng(1)
     with av.open(str(path), "w") as container:
-        video = container.add_stream("mpeg2video", rate=25)
+        video = container.add_stream(codec, rate=25)
         video.width, video.height, video.codec_context.options = WIDTH, HEIGHT, {"qmin": "1", "qmax": "1"}
         silence = av.AudioFrame.from_ndarray(np.zeros((1, 1152), np.int16), format="s16", layout="mono")
         silence.rate, silence.pts = 48000, 0
