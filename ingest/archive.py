@@ -277,7 +277,7 @@ class ArchiveReader:
 
     def _checked(self, images: list[av.VideoFrame], index: PacketIndex) -> list[av.VideoFrame]:
         """Count those pictures in which the decoder itself had to fill in what is damaged."""
-        last = index.times[-1] if index.is_timed else None  # often incomplete: there the recording was stopped
+        last = int(index.times[-1]) if index.is_timed else None  # often incomplete: there the recording was stopped
         self.damaged += sum(image.is_corrupt and image.pts != last for image in images)
         return images
 
