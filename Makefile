@@ -3,6 +3,7 @@
 #   make run             keep the service up on this machine
 #   make test check      the tests; format, lint, types, import contracts
 #   make corpus          2,000 damaged files through ingest, and how each of them ended (about 15 minutes)
+#   make soak            half an hour of cameras that fail at random, and a verdict
 #   make bench           measurements into tests/benchmarks/RESULTS.md
 # PYTHON=python3.12 picks the interpreter. TORCH_INDEX=https://download.pytorch.org/whl/cpu takes torch's smaller CPU build.
 
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 PYTHON ?=
 TORCH_INDEX ?=
 
-.PHONY: demo run test check corpus bench clean
+.PHONY: demo run test check corpus soak bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/service.stamp
@@ -31,6 +32,9 @@ check: $(VENV)/dev.stamp
 
 corpus: $(VENV)/dev.stamp
 	$(BIN)/python -m tests.malformed --files 2000 --seed 1 --at-once 4
+
+soak: $(VENV)/dev.stamp
+	$(BIN)/python -m tests.soak
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python -m tests.benchmarks

@@ -26,6 +26,7 @@ from tests.ingest_parts import MemoryDesk, SimulatedCamera, free_port, until
 
 CLOCK_SIZE_PX = 336
 PICTURES = ("--fps", "10", "--gop", "10")
+BACK_WITHIN_S = 30.0
 USER, PASSWORD = "admin", "pass" + "word"
 
 _BEFORE_S, _AFTER_S = 1.5, 2.5  # of good pictures around a fault

@@ -29,6 +29,7 @@ LOCAL = ("127.0.0.0/8",)
 BITS = 16
 WIDTH, HEIGHT = 320, 64
 
+_START_S = 20.0  # a camera that says nothing for so long will never be ready
 _PYTHON = "/usr/bin/python3"  # Debian's own, which has its GStreamer
 
 
@@ -128,7 +129,10 @@ class SimulatedCamera:
         )
         self._process = process
         assert process.stdout is not None
+        late = threading.Timer(_START_S, process.kill)
+        late.start()
         ready = json.loads(process.stdout.readline() or "{}")
+        late.cancel()
         self.events.append(ready)
         # Somebody must always listen: a camera whose pipe is full says nothing more and stands still.
         self._listener = threading.Thread(target=self._listen, args=(process.stdout,), daemon=True)

@@ -12,11 +12,10 @@ from ingest.clock import STAMPS_JUMPED
 from ingest.feed import CameraFeed
 from ingest.frame import Frame
 from ingest.reading import START_SPACING_S
-from tests.camera_faults import Fault, FaultReport, reading_pids, suffer, table
+from tests.camera_faults import BACK_WITHIN_S, Fault, FaultReport, reading_pids, suffer, table
 from tests.ingest_parts import MemoryDesk, MemorySink, need_simulator, settings, simulated_camera, until
 from tests.test_ingest_service import camera, running
 
-BACK_WITHIN_S = 30.0
 AT_ONCE = 5  # so that what starts at once does not make the pictures late
 CLOCK_TOLERANCE_S = 0.5  # of pictures that are timed by their arrival, at ten a second
 
