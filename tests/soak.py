@@ -191,11 +191,14 @@ class Soak:
     def resources(self) -> str:
         """What was held at the beginning and the end, and the memory of processes in the thirds of their lives."""
         before, after = self._calm
-        memory = (f"{pid}: {', '.join(f'{one:.0f}' for one in thirds)}" for pid, thirds in self._memory_mb().items())
-        return (
+        lines = [
             f"file descriptors {_fds(before)} -> {_fds(after)}, processes {len(before)} -> {len(after)}, "
-            f"{len(self._killed)} kills; MB in the thirds of a process: {'; '.join(memory)} (first: this one)"
-        )
+            f"{len(self._killed)} of them killed"
+        ]
+        for pid, thirds in self._memory_mb().items():
+            who = "this process" if pid == os.getpid() else f"process {pid}, which reads,"
+            lines.append(f"{who} held {', '.join(f'{one:.0f}' for one in thirds)} MB in the thirds of its life")
+        return "\n".join(lines)
 
     def _memory_mb(self) -> dict[int, list[float]]:
         """Return of every process that was there for long the median RSS in each third of that time."""

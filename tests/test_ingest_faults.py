@@ -12,7 +12,17 @@ from ingest.clock import STAMPS_JUMPED
 from ingest.feed import CameraFeed
 from ingest.frame import Frame
 from ingest.reading import START_SPACING_S
-from tests.camera_faults import BACK_WITHIN_S, Fault, FaultReport, reading_pids, suffer, table
+from tests.camera_faults import (
+    BACK_WITHIN_S,
+    Fault,
+    FaultReport,
+    Seen,
+    reading_pids,
+    suffer,
+    table,
+    tally,
+    worst_recovery_s,
+)
 from tests.ingest_parts import MemoryDesk, MemorySink, need_simulator, settings, simulated_camera, until
 from tests.test_ingest_service import camera, running
 
@@ -119,3 +129,17 @@ async def test_many_cameras_opened_at_once_come_online_without_a_stampede(tmp_pa
 
 def _sockets(pid: int) -> int:
     return sum(str(fd.readlink()).startswith("socket:") for fd in Path(f"/proc/{pid}/fd").iterdir())
+
+
+def test_a_tally_finds_what_went_untold_what_was_told_in_vain_and_what_came_twice():
+    found = tally([_seen(slot) for slot in (1, 2, 5, 5, 6)], missing=[3, 6, 9])
+    assert (found.lost, found.declared, found.undeclared, found.needless, found.duplicates) == (2, 2, 1, 1, 1)
+
+
+def test_a_recovery_counts_from_the_last_fault_and_a_silence_without_any_counts_whole():
+    assert worst_recovery_s([_seen(0), _seen(1), _seen(20), _seen(21)], ends=[5, 12]) == 8
+    assert worst_recovery_s([_seen(0), _seen(1), _seen(20), _seen(21)], ends=[30]) == 19
+
+
+def _seen(second: int) -> Seen:
+    return Seen(slot=second, time_s=float(second), shown_s=None, arrived_s=float(second))
