@@ -167,7 +167,9 @@ class CameraWorker:
                     self._keep(reading, picture, jpeg(pixels), hole=hole, wrong=wrong)
                     damaged = session.damaged
         except (CameraFault, BadUrl) as error:
-            return error
+            # Its traceback holds the frames of the connection, and with them the decoder, until the next one ends or,
+            # where a frame holds the error too, until a rare collection of garbage.
+            return error.with_traceback(None)
         except Exception as error:  # never give up; and no traceback: errors of PyAV hold the URL with the password
             logger.error("%s reading failed with %s", self.assignment.source_id, type(error).__name__)
             return CameraFault(f"reading failed with {type(error).__name__}")

@@ -1,6 +1,8 @@
 """Everything that cameras do wrong, done by a real one: no second goes untold, none comes twice, and it comes back."""
 
 import asyncio
+import gc
+import time
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -8,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from ingest.camera import CameraSession
+from ingest.camera_worker import CameraWorker
 from ingest.clock import STAMPS_JUMPED
 from ingest.feed import CameraFeed
 from ingest.frame import Frame
@@ -23,7 +27,7 @@ from tests.camera_faults import (
     tally,
     worst_recovery_s,
 )
-from tests.ingest_parts import MemoryDesk, MemorySink, need_simulator, settings, simulated_camera, until
+from tests.ingest_parts import MemoryDesk, MemorySink, free_port, need_simulator, settings, simulated_camera, until
 from tests.test_ingest_service import camera, running
 
 AT_ONCE = 5  # so that what starts at once does not make the pictures late
@@ -103,6 +107,21 @@ def test_frames_that_are_given_up_are_told_though_the_process_that_read_them_is_
         (7, 8, "shed"),
         (8, 9, "shed"),
     ]
+
+
+async def test_nothing_is_kept_of_connections_that_ended():
+    worker = CameraWorker(camera(f"rtsp://127.0.0.1:{free_port()}/cam"), settings(backoff_max_s=0.1), 64)
+    gc.collect()
+    gc.disable()  # it would only come after many connections, and decoders of many cameras would wait for it
+    try:
+        worker.start()
+        await until(lambda: worker.news(time.time()).reconnects_1h >= 5)
+        sessions = sum(type(one) is CameraSession for one in gc.get_objects())
+    finally:
+        gc.enable()
+        worker.stop()
+        worker.join(2.0)
+    assert sessions <= 1  # that of the next try
 
 
 async def test_many_cameras_opened_at_once_come_online_without_a_stampede(tmp_path):
