@@ -43,8 +43,7 @@ GIVEN_UP_S = 60.0
 ENDS_WITHIN_S = 420.0  # of the time of the run: waits for all cameras twice, a last fault, and the service's own stop
 FDS_A_PROCESS = 8  # of each process that reads more than at the start: cameras may get one each
 WARM_S = 180.0  # a process that was there for less has no memory worth comparing
-MEMORY_GROWTH = 0.05  # of the last third of its life over the second, and ...
-MEMORY_SLACK_MB = 8.0  # ... what a process may need more because its last fault was another
+MEMORY_GROWTH_MB = 5.0  # in the last third of a process's life over the second, for its faults were others
 
 _SAMPLE_S = 5.0
 _SETTLE_S = 2.0
@@ -78,13 +77,18 @@ Sample = Mapping[int, Resources]  # what this process (the first) and those that
 
 @dataclass
 class SoakedCamera:
-    """One camera and what it went through: `ends` are the ends of its faults, `lost` those it did not survive."""
+    """One camera and what it went through.
+
+    `ends` are the ends of its faults, `recoveries` how long it took to come back from each (seconds, and what the fault
+    did), `lost` the faults that it did not come back from.
+    """
 
     source_id: str
     simulator: SimulatedCamera
     dice: random.Random
     faults: list[str] = field(default_factory=list)
     ends: list[float] = field(default_factory=list)
+    recoveries: list[tuple[float, str]] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
 
     async def suffer(self, sink: ClockSink, until_s: float) -> None:
@@ -100,6 +104,8 @@ class SoakedCamera:
                 await until(lambda: sink.last_s(self.source_id) > self.ends[-1], GIVEN_UP_S)
             except AssertionError:  # for the verdict; meanwhile the next fault may bring it back
                 self.lost.append(fault.does)
+            else:
+                self.recoveries.append((sink.last_s(self.source_id) - self.ends[-1], fault.does))
 
 
 class Soak:
@@ -184,7 +190,7 @@ class Soak:
         if _fds(after) > _fds(before) + allowed:
             found.append(f"file descriptors grew from {_fds(before)} to {_fds(after)}")
         for pid, (_, second, last) in self._memory_mb().items():
-            if last > second * (1 + MEMORY_GROWTH) + MEMORY_SLACK_MB:
+            if last > second + MEMORY_GROWTH_MB:
                 found.append(f"process {pid} grew from {second:.0f} to {last:.0f} MB in the last third of its life")
         return found
 
@@ -229,6 +235,7 @@ class Soak:
             "undeclared": str(came.undeclared if came else 0),
             "twice": str(came.duplicates if came else 0),
             "slowest recovery s": f"{self._worst_s(one):.1f}",
+            "after": max(one.recoveries, default=(0.0, ""))[1],
         }
 
     async def _watch(self, service: IngestService) -> None:
