@@ -103,9 +103,9 @@ class ClockSink:
         self.seen: dict[str, list[Seen]] = {}
 
     def last_s(self, source_id: str) -> float:
-        """Return when the newest frame of a camera came; 0 before any."""
+        """Return when the newest frame of a camera was taken, for one may still come after a fault; 0 before any."""
         seen = self.seen.get(source_id)
-        return seen[-1].arrived_s if seen else 0.0
+        return seen[-1].time_s if seen else 0.0
 
     async def input_size_px(self) -> int:
         return CLOCK_SIZE_PX
@@ -256,7 +256,7 @@ async def suffer(fault: Fault, how: IngestSettings, folder: Path) -> FaultReport
     service = IngestService(how, desk, sink, folder)
 
     def frames_since(moment: float) -> list[Seen]:
-        return [one for one in sink.seen.get(name, []) if one.arrived_s > moment]
+        return [one for one in sink.seen.get(name, []) if one.time_s > moment]
 
     async with AsyncExitStack() as stack:
         stack.callback(camera.end)

@@ -105,7 +105,7 @@ class SoakedCamera:
             except AssertionError:  # for the verdict; meanwhile the next fault may bring it back
                 self.lost.append(fault.does)
             else:
-                self.recoveries.append((sink.last_s(self.source_id) - self.ends[-1], fault.does))
+                self.recoveries.append((time.time() - self.ends[-1], fault.does))
 
 
 class Soak:
