@@ -15,6 +15,7 @@ from store.counters import Counters
 from store.gaps import Gaps
 from store.keyframes import Keyframes
 from store.leases import Leases
+from store.segments import Segments
 from store.timeline import Timeline
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class CompressorService:
         redis = connect(redis_url)
         self._writer = FrameWriter(
             self._encoder,
-            Timeline(redis, self._encoder.format),
+            Timeline(redis, self._encoder.format, Segments(segments_url)),
             Keyframes(segments_url),
             Leases(redis),
             Gaps(redis),

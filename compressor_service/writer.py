@@ -16,9 +16,10 @@ from compressor_service.facts import BadPicture
 from ingest.frame import Frame, Receipt, SinkUnavailable
 from store.counters import Counters
 from store.gaps import Gap, Gaps
+from store.hot import Entry
 from store.keyframes import Keyframes
 from store.leases import Leases
-from store.timeline import Entry, Timeline
+from store.timeline import Timeline
 
 _log = logging.getLogger(__name__)
 _Arguments = ParamSpec("_Arguments")

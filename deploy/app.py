@@ -52,7 +52,9 @@ from store.idempotency import Idempotency
 from store.janitor import Janitor
 from store.keyframes import Keyframes
 from store.leases import Leases
+from store.memory import Memory
 from store.moments import Moment, Moments, Span
+from store.segments import Segments
 from store.sources import Sources
 from store.timeline import Timeline
 
@@ -96,6 +98,10 @@ def _sources(settings: Settings, redis: StoreRedis) -> Sources:
     return Sources(redis, Cipher.open(settings.store.secret_key, settings.store.data_dir))
 
 
+def _segments(settings: Settings) -> Segments:
+    return Segments(settings.store.segments_root)
+
+
 def _checkpoint(settings: Settings) -> str:
     if settings.model.checkpoint is None:
         raise NotConfigured("TOKENLINE_MODEL__CHECKPOINT is not set: name a model that every node reaches")
@@ -126,7 +132,7 @@ class Ingest:
 
         redis = _redis(settings)
         sink = RemoteCompressor(compressor)
-        timeline = Timeline(redis, (await sink.facts()).format)
+        timeline = Timeline(redis, (await sink.facts()).format, _segments(settings))
         self._desk = StoreDesk(_sources(settings, redis), Leases(redis), timeline, settings.ingest.lease_s)
         uploads = settings.store.uploads_dir
         await asyncio.to_thread(uploads.mkdir, parents=True, exist_ok=True)
@@ -163,7 +169,7 @@ class Search:
     """Holds the FAISS shards."""
 
     async def __init__(self, settings: Settings, compressor: Handle) -> None:  # type: ignore[misc]
-        timeline = Timeline(_redis(settings), (await RemoteCompressor(compressor).facts()).format)
+        timeline = Timeline(_redis(settings), (await RemoteCompressor(compressor).facts()).format, _segments(settings))
         self._moments = Moments(timeline, settings.store)
 
     async def search(
@@ -190,7 +196,7 @@ class QA:
         self._answerer = Answerer(
             model,
             prompt,
-            Timeline(redis, facts.format),
+            Timeline(redis, facts.format, _segments(settings)),
             _sources(settings, redis),
             remote,
             remote,
@@ -231,7 +237,7 @@ class Gateway:
     ) -> None:
         redis, remote, questions = _redis(settings), RemoteCompressor(compressor), RemoteQuestions(qa)
         sources, keyframes = _sources(settings, redis), Keyframes(settings.store.segments_root)
-        timeline = Timeline(redis, (await remote.facts()).format)
+        timeline = Timeline(redis, (await remote.facts()).format, _segments(settings))
         reader = RangeReader(timeline, sources, live_lag_s=settings.qa.live_lag_s)
         counters = Counters(redis)
         uploads = settings.store.uploads_dir
@@ -240,9 +246,8 @@ class Gateway:
         self._settings = settings.api
         self._services = Services(
             control=SourceControl(
-                redis,
                 sources,
-                keyframes,
+                Memory(redis, _segments(settings), keyframes),
                 Idempotency(redis),
                 uploads=uploads,
                 max_upload_bytes=settings.api.max_upload_bytes,
@@ -273,7 +278,8 @@ class Caretaker:
 
     def __init__(self, settings: Settings) -> None:
         redis = _redis(settings)
-        janitor = Janitor(redis, _sources(settings, redis), Keyframes(settings.store.segments_root), settings.store)
+        memory = Memory(redis, _segments(settings), Keyframes(settings.store.segments_root))
+        janitor = Janitor(redis, _sources(settings, redis), memory, settings.store)
         self._task = asyncio.create_task(janitor.run())
 
     def check_health(self) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
-from redis.asyncio import Redis
 
 from qa_service.clock import write_stream_time
 from qa_service.errors import StreamTaken, ValidationFailed
@@ -37,7 +36,7 @@ from qa_service.seams import AddressCheck, CameraProbe, MediaProbe
 from qa_service.upload import Upload, receive_form
 from qa_service.validation import refusal
 from store.idempotency import Idempotency
-from store.keyframes import Keyframes
+from store.memory import Memory
 from store.sources import (
     Damage,
     NewStream,
@@ -50,7 +49,6 @@ from store.sources import (
     Video,
     VideoNotFound,
 )
-from store.timeline import erase_tokens
 
 MAX_KEY_CHARS = 255
 WAIT_STEP_S = 0.1
@@ -67,9 +65,8 @@ class SourceControl:
 
     def __init__(
         self,
-        redis: Redis,
         sources: Sources,
-        keyframes: Keyframes,
+        memory: Memory,
         idempotency: Idempotency,
         *,
         uploads: Path,
@@ -79,9 +76,8 @@ class SourceControl:
         probe: MediaProbe,
         probe_camera: CameraProbe,
     ) -> None:
-        self._redis = redis
         self._sources = sources
-        self._keyframes = keyframes
+        self._memory = memory
         self._idempotency = idempotency
         self._uploads = uploads
         self._max_upload_bytes = max_upload_bytes
@@ -252,9 +248,7 @@ class SourceControl:
 
         The janitor does the same again for what a crash leaves here.
         """
-        frames = await erase_tokens(self._redis, source_id)
-        await self._keyframes.erase(source_id)
-        return frames
+        return (await self._memory.erase(source_id)).frames
 
     async def _once(
         self,

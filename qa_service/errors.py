@@ -13,10 +13,10 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from store.connection import StoreUnavailable
 from store.events import BadEventId
+from store.hot import FrameNotKept
 from store.idempotency import IdempotencyConflict
 from store.sources import BadCursor, SourceNotFound, StreamNotFound, VideoNotFound
 from store.sources import StateConflict as SourceStateConflict
-from store.timeline import FrameNotKept
 
 RETRY_AFTER_S = 2
 

@@ -10,9 +10,10 @@ from qa_service import clock
 from qa_service.coverage import RangeReader, write_slot, write_time, written_gaps
 from qa_service.errors import BadTimeRange, FrameMissing, ValidationFailed, inverted
 from qa_service.schemas import Time, TimelineBody, TimelineBucket
+from store.hot import FrameNotKept
 from store.keyframes import Keyframes
 from store.sources import Source, Stream
-from store.timeline import FrameNotKept, Timeline
+from store.timeline import Timeline
 
 MAX_BUCKETS = 10_000
 _SPACE_FOR_PLUS = re.compile(r" (\d\d:\d\d)$")  # a query's "+02:00" that was not percent-encoded

@@ -6,7 +6,10 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 BLOCK_SLOTS = 60  # slots of one Redis string: a minute at 1 fps
-HOUR_SLOTS = 3600  # slots of one keyframe folder and one search shard: an hour at 1 fps
+BLOCKS_PER_HOUR = 60
+HOUR_SLOTS = (
+    BLOCK_SLOTS * BLOCKS_PER_HOUR
+)  # slots of one segment, one keyframe folder and one search shard: an hour at 1 fps
 VECTOR_DTYPE = np.dtype("<f2")  # unit vectors lose nothing a search would notice in half precision
 TIME_DTYPE = np.dtype("<i8")
 

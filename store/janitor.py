@@ -1,4 +1,4 @@
-"""The janitor: erases what retention ends, what was purged and what belongs to nothing."""
+"""The janitor: seals full hours, erases what retention ends, what was purged and what belongs to nothing."""
 
 import asyncio
 import contextlib
@@ -12,11 +12,13 @@ from uuid import uuid4
 from redis.asyncio import Redis
 
 from store.connection import StoreUnavailable
-from store.keyframes import Keyframes
+from store.format import HOUR_SLOTS
 from store.leases import Leases
+from store.memory import Erased, Memory, has_tokens
+from store.segments import SegmentDamaged
 from store.settings import StoreSettings
 from store.sources import Kept, Source, Sources, Stream, Video
-from store.timeline import erase_tokens, has_tokens
+from store.timeline import Timeline
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +28,9 @@ KEYFRAME_STEP_SLOTS = 600  # listing an object store costs money: retention of k
 
 @dataclass(frozen=True, slots=True)
 class SweepReport:
-    """What one sweep erased: frames of timelines, keyframes, uploaded files and sources that are now forgotten."""
+    """What one sweep did: hours sealed; frames, keyframes and uploaded files erased; sources forgotten."""
 
+    sealed: int = 0
     frames: int = 0
     keyframes: int = 0
     uploads: int = 0
@@ -37,10 +40,10 @@ class SweepReport:
 class Janitor:
     """Sweeps the store again and again; of several janitors one works, by a lease."""
 
-    def __init__(self, redis: Redis, sources: Sources, keyframes: Keyframes, settings: StoreSettings) -> None:
+    def __init__(self, redis: Redis, sources: Sources, memory: Memory, settings: StoreSettings) -> None:
         self._redis = redis
         self._sources = sources
-        self._keyframes = keyframes
+        self._memory = memory
         self._settings = settings
         self._leases = Leases(redis)
         self._owner = f"janitor-{uuid4().hex[:12]}"
@@ -66,15 +69,17 @@ class Janitor:
                 await self._leases.release(self._owner, held)
 
     async def sweep(self) -> SweepReport:
-        """Erase once what is due. StoreUnavailable if it could not be finished; the next sweep goes on."""
+        """Seal and erase once what is due. StoreUnavailable if it could not be finished; the next sweep goes on."""
         everything = await self._sources.everything()
-        frames = keyframes = 0
+        sealed = frames = keyframes = 0
         clean = set()
         for kept in everything:
             leaves = await self._leaves(kept)
-            erased = await (self._erase_all(kept.source) if leaves else self._erase_old(kept.source))
-            frames, keyframes = frames + erased[0], keyframes + erased[1]
-            if leaves and erased == (0, 0):
+            erased = await (self._memory.erase(kept.source.id) if leaves else self._erase_old(kept.source))
+            frames, keyframes = frames + erased.frames, keyframes + erased.keyframes
+            if not leaves:
+                sealed += await self._seal(kept.source)
+            elif erased == Erased(0, 0):
                 clean.add(kept.source.id)
         # A frame may still be on its way when a source is purged: only one found empty twice is forgotten.
         forgotten = clean & self._clean
@@ -84,7 +89,7 @@ class Janitor:
         self._clean = frozenset(clean - forgotten)
         videos = [kept.source for kept in everything if isinstance(kept.source, Video) and not kept.purge]
         uploads = await asyncio.to_thread(self._erase_uploads, videos)
-        report = SweepReport(frames, keyframes, uploads, len(forgotten))
+        report = SweepReport(sealed, frames, keyframes, uploads, len(forgotten))
         if report != SweepReport():
             logger.info("swept %s", report)
         return report
@@ -102,24 +107,40 @@ class Janitor:
         deleted = isinstance(kept.source, Stream) and kept.source.deleted
         return deleted and not await has_tokens(self._redis, kept.source.id)
 
-    async def _erase_all(self, source: Source) -> tuple[int, int]:
-        """Erase all frames and keyframes of a source and return their numbers."""
-        return await erase_tokens(self._redis, source.id), await self._keyframes.erase(source.id)
-
-    async def _erase_old(self, source: Source) -> tuple[int, int]:
-        """Erase what a stream's retention ends and return the numbers of frames and keyframes."""
+    async def _erase_old(self, source: Source) -> Erased:
+        """Erase what a stream's retention ends."""
         if isinstance(source, Video):
-            return 0, 0
+            return Erased(0, 0)
         oldest = int((time.time() - source.retention_hours * 3600) * source.fps)
         if oldest <= 0:
-            return 0, 0
-        frames = await erase_tokens(self._redis, source.id, None, oldest)
+            return Erased(0, 0)
+        frames = sum([await timeline.expire(source.id, oldest) for timeline in await self._memory.timelines(source.id)])
         await self._sources.trim_gaps(source.id, oldest)
         keyframes = 0
         if self._steps.get(source.id) != (step := oldest // KEYFRAME_STEP_SLOTS):
-            keyframes = await self._keyframes.erase(source.id, None, oldest)
+            keyframes = await self._memory.keyframes.erase(source.id, None, oldest)
             self._steps[source.id] = step
-        return frames, keyframes
+        return Erased(frames, keyframes)
+
+    async def _seal(self, source: Source) -> int:
+        """Seal the full hours of a source and return how many; one that changes meanwhile has its turn later."""
+        sealed = 0
+        for timeline in await self._memory.timelines(source.id):
+            for hour in await timeline.unsealed(source.id, await self._full_before(source, timeline)):
+                try:
+                    sealed += await timeline.seal(source.id, hour)
+                except SegmentDamaged as error:
+                    logger.error("hour %d of %s stays in Redis: %s", hour, source.id, error)
+        return sealed
+
+    async def _full_before(self, source: Source, timeline: Timeline) -> int:
+        """Return the slot before which no more frames of a source are expected."""
+        settle = int(self._settings.seal_settle_s * source.fps)
+        if isinstance(source, Stream):
+            return int(time.time() * source.fps) - settle
+        extent = await timeline.extent(source.id)
+        newest = 0 if extent is None else extent[1]
+        return newest - settle if source.status in ("queued", "processing") else newest + HOUR_SLOTS
 
     def _erase_uploads(self, videos: Iterable[Video]) -> int:
         """Remove files of the upload folder that no video needs, unless so young that a video may be on its way.

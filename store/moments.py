@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from store.format import HOUR_SLOTS
+from store.hot import FrameNotKept
 from store.settings import StoreSettings
-from store.timeline import FrameNotKept, Timeline
+from store.timeline import Timeline
 
 NEIGHBOUR_SLOTS = 2  # hits at most so far apart are one moment: one frame of another view does not cut it in two
 HITS_PER_MOMENT = 8  # frames that are looked at for each moment that is asked for, so that moments get their extent

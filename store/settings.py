@@ -21,7 +21,7 @@ class StoreSettings(BaseModel):
     )
     segments_url: str | None = Field(
         default=None,
-        description="Root of the keyframes: a folder, s3://bucket/prefix, gs://... or any fsspec address. "
+        description="Root of sealed hours and keyframes: a folder, s3://bucket/prefix, gs://... or any fsspec address. "
         "Without one the folder `segments` in the data folder.",
     )
     secret_key: SecretStr | None = Field(
@@ -31,6 +31,9 @@ class StoreSettings(BaseModel):
     )
     janitor_interval_s: PositiveFloat = Field(
         default=60.0, description="Seconds between two sweeps of retention and purge."
+    )
+    seal_settle_s: PositiveFloat = Field(
+        default=600.0, description="An hour of a stream is moved from Redis into a segment so long after its end."
     )
     upload_grace_s: PositiveFloat = Field(
         default=3600.0, description="An uploaded file that no video refers to is removed after so many seconds."
@@ -46,7 +49,7 @@ class StoreSettings(BaseModel):
 
     @property
     def segments_root(self) -> str:
-        """The fsspec address under which keyframes lie."""
+        """The fsspec address under which segments and keyframes lie."""
         return self.segments_url if self.segments_url is not None else str(self.data_dir.resolve() / "segments")
 
     @property

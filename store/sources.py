@@ -17,7 +17,7 @@ from store.events import Events
 from store.gaps import Gap as Gap
 from store.gaps import Gaps
 from store.leases import Leases, lease_key
-from store.timeline import has_tokens
+from store.memory import has_tokens
 
 Item = TypeVar("Item")
 StreamState = Literal["connecting", "online", "degraded", "reconnecting", "auth_failed", "disabled"]

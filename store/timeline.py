@@ -1,120 +1,39 @@
-"""The hot timeline: frame tokens of every source in slot order, in Redis.
+"""The timeline of a source as readers see it: the hot hours in Redis and the sealed ones in segments, as one.
 
 T frames of a read, C2 tokens a frame, D model width, P width of the search vector.
 
-Sixty slots share four strings: tokens (t), presence bits (p), capture times (m) and search vectors (v), each pre-sized
-and written by offset. So a frame that is sent twice is kept once, absent slots are gaps and not shifts, and a range is
-read in few large pieces. All keys of a source carry one hash tag: they lie in one slot of a Redis cluster.
+An hour is sealed in one step: its manifest appears and its hot blocks vanish. A reader that was between the two looks
+again. A frame that comes for a sealed hour is hot until the hour is sealed anew, and counts before the sealed one.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from redis.asyncio import Redis
 
 from store.connection import StoreUnavailable
-from store.format import BLOCK_SLOTS, TIME_DTYPE, VECTOR_DTYPE, TokenFormat
-from store.leases import lease_key
+from store.format import HOUR_SLOTS, TIME_DTYPE, VECTOR_DTYPE, TokenFormat
+from store.hot import Entry, FrameNotKept, HotTimeline
+from store.sealed import SealedHours
+from store.segments import Hour, Manifest, Part, SegmentGone, Segments
 
-EXTENT_TRIES = 100
-BLOCKS_PER_READ = 8  # of full size; more at once makes Redis and the client hold more copies for no gain
-KEYS_PER_COMMAND = 1000  # small values, or blocks of one erase script
-_ALL_PRESENT = np.packbits(np.ones(BLOCK_SLOTS, np.bool_)).tobytes()
+TRIES = 20  # of a read that meets seals and erasures again and again
+_HOT_PARTS: Mapping[Part, str] = {"tokens": "t", "vectors": "v", "times": "m"}
 
 
 class StaleEpoch(RuntimeError):
     """The writer no longer owns the source: another owner took over, or the lease was revoked."""
 
 
-class FrameNotKept(LookupError):
-    """A frame that was asked for is not in the store."""
-
-    def __init__(self, source_id: str, slot: int) -> None:
-        super().__init__(f"slot {slot} of {source_id} is not kept: never captured, erased, or past its retention")
-        self.source_id = source_id
-        self.slot = slot
-
-    def __reduce__(self) -> tuple[type["FrameNotKept"], tuple[str, int]]:
-        return type(self), (self.source_id, self.slot)
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """What is kept of one frame: tokens (C2, D) in the format's numpy dtype, a unit search vector (P,) float32."""
-
-    slot: int
-    time_ms: int
-    tokens: NDArray[np.generic]
-    vector: NDArray[np.float32]
-
-
-# KEYS: lease, index of blocks, frame counter, formats, then t, p, m, v of every block.
-# ARGV: epoch, fingerprint, format as JSON, bytes of a token block, a time block and a vector block,
-#       then block position (from 0), block number, slot in the block, tokens, time, vector of every entry.
-_APPEND = """
-if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then return -1 end
-redis.call('HSETNX', KEYS[4], ARGV[2], ARGV[3])
-local function write(key, size, index, bytes)
-  if #bytes == 0 then return end
-  if redis.call('EXISTS', key) == 0 then redis.call('SETRANGE', key, size - 1, '\\0') end
-  redis.call('SETRANGE', key, index * #bytes, bytes)
-end
-local new = 0
-for i = 7, #ARGV, 6 do
-  local first, index = 5 + 4 * ARGV[i], tonumber(ARGV[i + 2])
-  write(KEYS[first], ARGV[4], index, ARGV[i + 3])
-  write(KEYS[first + 2], ARGV[5], index, ARGV[i + 4])
-  write(KEYS[first + 3], ARGV[6], index, ARGV[i + 5])
-  if redis.call('SETBIT', KEYS[first + 1], index, 1) == 0 then new = new + 1 end
-  redis.call('ZADD', KEYS[2], ARGV[i + 1], ARGV[i + 1])
-end
-if new > 0 then redis.call('INCRBY', KEYS[3], new) end
-return new
-"""
-
-# KEYS: index of blocks, frame counter, formats, then t, p, m, v of every block.
-# ARGV: bytes of a token, a time and a vector, fingerprint, then number, first and last slot (inclusive) of every block.
-_ERASE = f"""
-local erased = 0
-for i = 5, #ARGV, 3 do
-  local at = 4 + 4 * (i - 5) / 3
-  local tokens, presence, times, vectors = KEYS[at], KEYS[at + 1], KEYS[at + 2], KEYS[at + 3]
-  local first, last = tonumber(ARGV[i + 1]), tonumber(ARGV[i + 2])
-  for index = first, last do
-    if redis.call('SETBIT', presence, index, 0) == 1 then
-      erased = erased + 1
-      for part, key in ipairs({{tokens, times, vectors}}) do
-        local size = tonumber(ARGV[part])
-        if size > 0 and last - first < {BLOCK_SLOTS - 1} then
-          redis.call('SETRANGE', key, index * size, string.rep('\\0', size))
-        end
-      end
-    end
-  end
-  if redis.call('BITCOUNT', presence) == 0 then
-    redis.call('UNLINK', tokens, presence, times, vectors)
-    redis.call('ZREM', KEYS[1], ARGV[i])
-  end
-end
-redis.call('DECRBY', KEYS[2], erased)
-if redis.call('ZCARD', KEYS[1]) == 0 then
-  redis.call('DEL', KEYS[2])
-  redis.call('HDEL', KEYS[3], ARGV[4])
-end
-return erased
-"""
-
-
 class Timeline:
     """The timelines of all sources for tokens of one format. Raises StoreUnavailable."""
 
-    def __init__(self, redis: Redis, format: TokenFormat) -> None:
+    def __init__(self, redis: Redis, format: TokenFormat, segments: Segments) -> None:
         self.format = format
-        self._redis = redis
-        self._append = redis.register_script(_APPEND)
+        self._hot = HotTimeline(redis, format)
+        self._sealed = SealedHours(redis, format)
+        self._segments = segments
 
     async def append(self, source_id: str, epoch: int, entries: Sequence[Entry]) -> None:
         """Keep the frames, all or none; a slot that is kept already is overwritten. StaleEpoch if not the owner's."""
@@ -126,25 +45,19 @@ class Timeline:
 
         The frames of one source are kept all or none. ValueError for an entry that does not fit the format.
         """
-        calls = {key: _append_call(self.format, key[0], key[1], entries) for key, entries in batches.items() if entries}
-        async with self._redis.pipeline(transaction=False) as pipe:
-            for keys, arguments in calls.values():
-                await self._append(keys, arguments, client=pipe)
-            kept = await pipe.execute()
-        return frozenset(source_id for (source_id, _), new in zip(calls, kept, strict=True) if new < 0)
+        return await self._hot.append_many(batches)
 
     async def slots(self, source_id: str, start: int, end: int) -> NDArray[np.int64]:
         """Return the present slots of [start, end), ascending. The range may be as wide as one likes."""
         if end <= start:
             return np.empty(0, np.int64)
-        keys = _Keys(source_id, self.format.fingerprint)
-        blocks = await _blocks(self._redis, keys, start, end)
-        found = [np.empty(0, np.int64)]
-        for some in _chunks(blocks, KEYS_PER_COMMAND):
-            bits: list[Any] = await self._redis.mget([keys.presence(block) for block in some])
-            found += [_bit_positions(part) + block * BLOCK_SLOTS for block, part in zip(some, bits, strict=True)]
-        present = np.concatenate(found)
-        return present[(present >= start) & (present < end)]
+        # The hot ones first: an hour that is sealed between the two looks is then found twice, and not never.
+        hot = await self._hot.slots(source_id, start, end)
+        sealed = await self._sealed.between(source_id, start // HOUR_SLOTS, (end - 1) // HOUR_SLOTS)
+        if not sealed:
+            return hot
+        slots = np.unique(np.concatenate([hot, *(manifest.slots for manifest in sealed)]))
+        return slots[slice(*np.searchsorted(slots, [start, end]))]
 
     async def present(self, source_id: str, start: int, end: int) -> NDArray[np.bool_]:
         """Return for each slot of [start, end) whether its frame is kept, (end - start,)."""
@@ -154,259 +67,179 @@ class Timeline:
 
     async def read(self, source_id: str, slots: NDArray[np.int64]) -> NDArray[np.generic]:
         """Return the tokens (T, C2, D) of the slots, in the order asked; FrameNotKept names the first absent one."""
-        flat = await self._rows(source_id, slots, "t", self.format.token_bytes)
+        flat = await self._rows(source_id, slots, "tokens", self.format.token_bytes)
         return flat.view(self.format.numpy_dtype).reshape(len(flat), *self.format.token_shape)
 
     async def times(self, source_id: str, slots: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the capture times (T,) in milliseconds of the slots; FrameNotKept."""
-        flat = await self._rows(source_id, slots, "m", TIME_DTYPE.itemsize)
+        flat = await self._rows(source_id, slots, "times", TIME_DTYPE.itemsize)
         return flat.view(TIME_DTYPE).reshape(len(flat))
 
     async def vectors(self, source_id: str, slots: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return the search vectors (T, P) of the slots, rounded to half precision; FrameNotKept."""
         if self.format.vector_width == 0:
             return np.empty((len(slots), 0), np.float32)
-        flat = await self._rows(source_id, slots, "v", self.format.vector_bytes)
+        flat = await self._rows(source_id, slots, "vectors", self.format.vector_bytes)
         return flat.view(VECTOR_DTYPE).reshape(len(flat), self.format.vector_width).astype(np.float32)
 
     async def extent(self, source_id: str) -> tuple[int, int] | None:
         """Return the first and the last present slot, None if nothing is kept."""
-        keys = _Keys(source_id, self.format.fingerprint)
-        for _ in range(EXTENT_TRIES):
-            async with self._redis.pipeline() as pipe:
-                pipe.zrange(keys.blocks, 0, 0)
-                pipe.zrange(keys.blocks, -1, -1)
-                oldest, newest = await pipe.execute()
-            if not oldest or not newest:
-                return None
-            ends = int(oldest[0]), int(newest[0])
-            bits: list[Any] = await self._redis.mget([keys.presence(block) for block in ends])
-            first, last = (_bit_positions(part) for part in bits)
-            # An erasure may have come between the two trips: then look again.
-            if len(first) and len(last):
-                return ends[0] * BLOCK_SLOTS + int(first[0]), ends[1] * BLOCK_SLOTS + int(last[-1])
-        raise StoreUnavailable(
-            f"the timeline of {source_id} has lost blocks that its index names; "
-            "check that Redis runs with maxmemory-policy noeviction"
-        )
+        hot, sealed = await self._hot.extent(source_id), await self._sealed.ends(source_id)
+        ends = [] if hot is None else [hot]
+        if sealed is not None:
+            ends.append((int(sealed[0].slots[0]), int(sealed[1].slots[-1])))
+        return (min(first for first, _ in ends), max(last for _, last in ends)) if ends else None
 
     async def count(self, source_id: str) -> int:
         """Return how many frames of the source are kept."""
-        return int(await self._redis.get(_Keys(source_id, self.format.fingerprint).frames) or 0)
+        return await self._hot.count(source_id)
+
+    async def unsealed(self, source_id: str, before: int) -> list[int]:
+        """Return the hours that end at or before a slot and have hot frames, in order."""
+        return await self._hot.hours(source_id, before // HOUR_SLOTS)
+
+    async def seal(self, source_id: str, hour: int) -> bool:
+        """Move an hour from Redis into a segment; False if it changed meanwhile: it stays as it is, to be tried again.
+
+        Raises SegmentDamaged if the segment does not read back as it was written; then nothing is moved.
+        """
+        old = next(iter(await self._sealed.between(source_id, hour, hour)), None)
+        changes = await self._sealed.changes(source_id, hour)
+        try:
+            rows = await self._hour(source_id, hour)
+        except FrameNotKept:  # erased between two reads
+            return False
+        return len(rows.slots) > 0 and await self._replace(source_id, hour, old, rows, changes)
 
     async def erase(self, source_id: str, start: int | None = None, end: int | None = None) -> int:
-        """Erase the slots [start, end) for good and return how many frames that were; None leaves a side unbounded.
-
-        Tokens of the same slots that other models made go too.
-        """
-        return await erase_tokens(self._redis, source_id, start, end)
-
-    async def _rows(self, source_id: str, slots: NDArray[np.int64], part: str, row_bytes: int) -> NDArray[np.uint8]:
-        """Return one kind of data of the slots as bytes (T, row_bytes)."""
-        slots = np.asarray(slots, np.int64)
-        rows = np.empty((len(slots), row_bytes), np.uint8)
-        if len(slots) == 0:
-            return rows
-        keys = _Keys(source_id, self.format.fingerprint)
-        ordered = bool(np.all(slots[1:] > slots[:-1]))
-        wanted, places = (slots, None) if ordered else np.unique(slots, return_inverse=True)
-        target = rows if ordered else np.empty((len(wanted), row_bytes), np.uint8)
-        row = 0
-        for pieces in _reads(wanted):
-            present, data = await self._fetch(keys, part, row_bytes, pieces)
-            for piece, raw in zip(pieces, data, strict=True):
-                piece.require(source_id, present[piece.block])
-                taken = len(piece.indices)
-                target[row : row + taken] = piece.cut(np.frombuffer(raw, np.uint8).reshape(-1, row_bytes))
-                row += taken
-            # Dropped before the next reply comes, all but `raw`: while it lives the allocator does not give the pages
-            # of this reply back, only to fault them in again (measured: half of the reading time).
-            del data
-        return target if places is None else target[places]
-
-    async def _fetch(
-        self, keys: "_Keys", part: str, row_bytes: int, pieces: Sequence["_Piece"]
-    ) -> tuple[dict[int, Any], Sequence[Any]]:
-        """Return presence by block and the bytes of each piece, of one moment: no erasure can come in between."""
-        blocks = list(dict.fromkeys(piece.block for piece in pieces))
-        presence = [keys.presence(block) for block in blocks]
-        bits: Sequence[Any]
-        data: Sequence[Any]
-        if all(piece.whole for piece in pieces):  # one command, and the server's shortest way: 3 times as fast
-            found: Sequence[Any] = await self._redis.mget([*presence, *(keys.part(part, block) for block in blocks)])
-            bits, data = found[: len(blocks)], found[len(blocks) :]
+        """Erase the slots [start, end) for good and return how many frames that were; None leaves a side unbounded."""
+        if start is not None and end is not None and end <= start:
+            return 0
+        erased = 0
+        first, last = None if start is None else start // HOUR_SLOTS, None if end is None else (end - 1) // HOUR_SLOTS
+        for _ in range(TRIES):
+            # Hot frames first, each time: a seal in between may have brought some of them into a segment.
+            erased += await self._hot.erase(source_id, start, end)
+            done = [
+                await self._erase_sealed(source_id, manifest, start, end)
+                for manifest in await self._sealed.between(source_id, first, last)
+            ]
+            erased += sum(frames for frames in done if frames is not None)
+            if None not in done:
+                break
         else:
-            async with self._redis.pipeline(transaction=True) as pipe:
-                pipe.mget(presence)
-                for piece in pieces:
-                    low, high = piece.bounds
-                    pipe.getrange(keys.part(part, piece.block), low * row_bytes, (high + 1) * row_bytes - 1)
-                bits, *data = await pipe.execute()
-        return dict(zip(blocks, bits, strict=True)), data
+            raise StoreUnavailable(f"the memory of {source_id} changes all the time; erase it again")
+        await self._remove_leftovers(source_id, first, last)
+        return erased
 
+    async def expire(self, source_id: str, before: int) -> int:
+        """Erase what is older than a slot and return how many frames; a sealed hour goes as one, when all of it is."""
+        erased = await self._hot.erase(source_id, None, before)
+        if await self._sealed.between(source_id, None, before // HOUR_SLOTS - 1):
+            erased += await self.erase(source_id, None, before // HOUR_SLOTS * HOUR_SLOTS)
+        return erased
 
-async def erase_tokens(redis: Redis, source_id: str, start: int | None = None, end: int | None = None) -> int:
-    """Erase the slots [start, end) of every model's timeline of the source; return the number of frames erased."""
-    formats = await redis.hgetall(_formats_key(source_id))
-    script = redis.register_script(_ERASE)
-    erased = 0
-    for raw in formats.values():
-        format = TokenFormat.model_validate_json(raw)
-        keys = _Keys(source_id, format.fingerprint)
-        blocks = await _blocks(redis, keys, start, end)
-        fixed: list[str | int] = [format.token_bytes, TIME_DTYPE.itemsize, format.vector_bytes, format.fingerprint]
-        for some in _chunks(blocks, KEYS_PER_COMMAND):
-            arguments = list(fixed)
-            for block in some:
-                first = 0 if start is None else max(start - block * BLOCK_SLOTS, 0)
-                last = BLOCK_SLOTS - 1 if end is None else min(end - 1 - block * BLOCK_SLOTS, BLOCK_SLOTS - 1)
-                arguments += [block, first, last]
-            erased += await script(
-                [keys.blocks, keys.frames, _formats_key(source_id), *keys.of_blocks(some)], arguments
+    async def _erase_sealed(self, source_id: str, old: Manifest, start: int | None, end: int | None) -> int | None:
+        """Erase sealed slots [start, end) of an hour and return their number; None if the hour changed meanwhile."""
+        slots = old.slots
+        doomed = slots[
+            slice(
+                *np.searchsorted(
+                    slots, [_span(old.hour)[0] if start is None else start, _span(old.hour)[1] if end is None else end]
+                )
             )
-    return erased
+        ]
+        if not len(doomed):
+            return 0
+        changes = await self._sealed.changes(source_id, old.hour)
+        try:
+            rows = await self._hour(source_id, old.hour, without=doomed)
+        except FrameNotKept:
+            return None
+        return len(doomed) if await self._replace(source_id, old.hour, old, rows, changes) else None
 
+    async def _replace(self, source_id: str, hour: int, old: Manifest | None, rows: Hour, changes: str) -> bool:
+        """Let a segment of these rows, or nothing if they are none, stand for an hour as it was at `changes`."""
+        new = None
+        if len(rows.slots):
+            generation = 1 if old is None else old.generation + 1
+            new = await self._segments.write(source_id, self.format, hour, generation, rows)
+        kept = len(await self._hot.slots(source_id, *_span(hour))) + (0 if old is None else old.frames)
+        done = await self._sealed.replace(source_id, hour, old, new, changes=changes, gone=kept - len(rows.slots))
+        superseded = old if done else new
+        if superseded is not None:
+            await self._segments.remove(source_id, hour, superseded.file)
+        return done
 
-async def _blocks(redis: Redis, keys: "_Keys", start: int | None, end: int | None) -> list[int]:
-    low = "-inf" if start is None else str(start // BLOCK_SLOTS)
-    high = "+inf" if end is None else str((end - 1) // BLOCK_SLOTS)
-    numbers: list[Any] = await redis.zrangebyscore(keys.blocks, low, high)
-    return [int(number) for number in numbers]
-
-
-async def has_tokens(redis: Redis, source_id: str) -> bool:
-    """Return whether any model's tokens of the source were ever kept and not wholly erased."""
-    return bool(await redis.exists(_formats_key(source_id)))
-
-
-def _formats_key(source_id: str) -> str:
-    return f"tl:{{{source_id}}}:formats"
-
-
-@dataclass(frozen=True, slots=True)
-class _Keys:
-    """The names of one timeline's keys."""
-
-    source_id: str
-    fingerprint: str
-
-    @property
-    def _root(self) -> str:
-        return f"tl:{{{self.source_id}}}:{self.fingerprint}"
-
-    @property
-    def blocks(self) -> str:
-        """Sorted set of the blocks that hold a frame: nothing has to be searched for with SCAN."""
-        return f"{self._root}:blocks"
-
-    @property
-    def frames(self) -> str:
-        return f"{self._root}:frames"
-
-    def part(self, part: str, block: int) -> str:
-        return f"{self._root}:{part}:{block}"
-
-    def presence(self, block: int) -> str:
-        return self.part("p", block)
-
-    def of_blocks(self, blocks: Sequence[int]) -> list[str]:
-        return [self.part(part, block) for block in blocks for part in ("t", "p", "m", "v")]
-
-
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """A run of one block that is read at once: all of it (`whole`) or from the first to the last of `indices`."""
-
-    block: int
-    indices: NDArray[np.int64]
-    whole: bool = False
-
-    @property
-    def bounds(self) -> tuple[int, int]:
-        """The first and the last slot of the block that are read."""
-        return (0, BLOCK_SLOTS - 1) if self.whole else (int(self.indices[0]), int(self.indices[-1]))
-
-    def cut(self, rows: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Return the wanted ones of the rows that were read."""
-        first = int(self.indices[0]) - self.bounds[0]
-        count = int(self.indices[-1] - self.indices[0]) + 1
-        run = rows[first : first + count]
-        return run if count == len(self.indices) else run[self.indices - self.indices[0]]
-
-    def require(self, source_id: str, bits: bytes | None) -> None:
-        """Raise FrameNotKept for the first wanted slot that is absent."""
-        if bits == _ALL_PRESENT:  # nearly always, and 180 times in a read of three hours
-            return
-        present = np.isin(self.indices, _bit_positions(bits))
-        if not present.all():
-            absent = int(self.indices[np.argmin(present)])
-            raise FrameNotKept(source_id, self.block * BLOCK_SLOTS + absent)
-
-
-def _reads(slots: NDArray[np.int64]) -> Iterator[list[_Piece]]:
-    """Group ascending slots into requests of at most BLOCKS_PER_READ blocks' bytes.
-
-    A block of which half is wanted is read whole; slots that lie close together are read as one run, holes included;
-    a wide stride is read slot by slot.
-    """
-    bounds = np.flatnonzero(np.diff(slots // BLOCK_SLOTS)) + 1
-    pieces: list[_Piece] = []
-    size = 0
-    for part in np.split(slots, bounds):
-        block = int(part[0]) // BLOCK_SLOTS
-        indices = part - block * BLOCK_SLOTS
-        run = int(indices[-1] - indices[0]) + 1
-        if 2 * len(indices) >= BLOCK_SLOTS:
-            pieces.append(_Piece(block, indices, whole=True))
-            size += BLOCK_SLOTS
-        elif run <= 2 * len(indices):
-            pieces.append(_Piece(block, indices))
-            size += run
-        else:
-            pieces += [_Piece(block, index) for index in indices[:, None]]
-            size += len(indices)
-        if size >= BLOCKS_PER_READ * BLOCK_SLOTS:
-            yield pieces
-            pieces, size = [], 0
-    if pieces:
-        yield pieces
-
-
-def _append_call(
-    format: TokenFormat, source_id: str, epoch: int, entries: Sequence[Entry]
-) -> tuple[list[str], list[str | int | bytes]]:
-    keys = _Keys(source_id, format.fingerprint)
-    blocks = sorted({entry.slot // BLOCK_SLOTS for entry in entries})
-    positions = {block: position for position, block in enumerate(blocks)}
-    rows = format.token_bytes, TIME_DTYPE.itemsize, format.vector_bytes
-    arguments: list[str | int | bytes] = [epoch, format.fingerprint, format.model_dump_json()]
-    arguments += [BLOCK_SLOTS * row for row in rows]
-    for entry in entries:
-        _check(format, entry)
-        block, index = divmod(int(entry.slot), BLOCK_SLOTS)
-        arguments += [positions[block], block, index, entry.tokens.tobytes()]
-        arguments += [np.array(entry.time_ms, TIME_DTYPE).tobytes(), entry.vector.astype(VECTOR_DTYPE).tobytes()]
-    named = [lease_key(source_id), keys.blocks, keys.frames, _formats_key(source_id), *keys.of_blocks(blocks)]
-    return named, arguments
-
-
-def _check(format: TokenFormat, entry: Entry) -> None:
-    if entry.slot < 0:
-        raise ValueError(f"slot {entry.slot} lies before the grid's start; slots count from 0")
-    if entry.tokens.shape != format.token_shape or entry.tokens.dtype != format.numpy_dtype:
-        raise ValueError(
-            f"tokens are {entry.tokens.shape} {entry.tokens.dtype}, "
-            f"the format wants {format.token_shape} {format.numpy_dtype}"
+    async def _hour(self, source_id: str, hour: int, without: NDArray[np.int64] | None = None) -> Hour:
+        """Read what is kept of an hour. FrameNotKept if it changes meanwhile."""
+        slots = await self.slots(source_id, *_span(hour))
+        if without is not None:
+            slots = np.setdiff1d(slots, without)
+        return Hour(
+            slots=slots,
+            tokens=await self.read(source_id, slots),
+            vectors=await self.vectors(source_id, slots),
+            times=await self.times(source_id, slots),
         )
-    if entry.vector.shape != (format.vector_width,):
-        raise ValueError(f"the search vector is {entry.vector.shape}, the format wants ({format.vector_width},)")
+
+    async def _remove_leftovers(self, source_id: str, first: int | None, last: int | None) -> None:
+        """Remove files that no manifest names: of a seal or an erasure that a crash has cut short."""
+        for hour in await self._segments.hours(source_id):
+            if (first is not None and hour < first) or (last is not None and hour > last):
+                continue
+            files = await self._segments.files(source_id, hour, self.format.fingerprint)
+            await self._sealed.touch(source_id, hour)  # from now on, who wrote one of them cannot make it count
+            counts = {manifest.file for manifest in await self._sealed.between(source_id, hour, hour)}
+            await self._segments.remove(source_id, hour, *(file for file in files if file not in counts))
+
+    async def _rows(self, source_id: str, slots: NDArray[np.int64], part: Part, row_bytes: int) -> NDArray[np.uint8]:
+        """Return one part of the slots as bytes (T, row_bytes)."""
+        slots = np.asarray(slots, np.int64)
+        if len(slots) == 0:
+            return np.empty((0, row_bytes), np.uint8)
+        first, last = int(slots.min()) // HOUR_SLOTS, int(slots.max()) // HOUR_SLOTS
+        before: list[Manifest] | None = None
+        for _ in range(TRIES):
+            sealed = await self._sealed.between(source_id, first, last)
+            try:
+                if not sealed:
+                    return await self._hot.rows(source_id, slots, _HOT_PARTS[part], row_bytes)
+                return await self._mixed_rows(source_id, slots, sealed, part, row_bytes)
+            except (FrameNotKept, SegmentGone) as error:
+                # Sealed or erased between the looks? Only what is absent twice in the same state is not kept.
+                if sealed == before:
+                    if isinstance(error, FrameNotKept):
+                        raise
+                    raise StoreUnavailable(
+                        f"the segment {error} of {source_id} is lost: restore it or erase the hour"
+                    ) from None
+                before = sealed
+        raise StoreUnavailable(f"the memory of {source_id} changes all the time; read it again")
+
+    async def _mixed_rows(
+        self, source_id: str, slots: NDArray[np.int64], sealed: Sequence[Manifest], part: Part, row_bytes: int
+    ) -> NDArray[np.uint8]:
+        wanted, places = np.unique(slots, return_inverse=True)
+        rows = np.empty((len(wanted), row_bytes), np.uint8)
+        left = np.ones(len(wanted), np.bool_)
+        hot = await self._hot.slots(source_id, _span(sealed[0].hour)[0], _span(sealed[-1].hour)[1])
+        for manifest in sealed:
+            low, high = np.searchsorted(wanted, _span(manifest.hour))
+            here = wanted[low:high]
+            cold = np.isin(here, manifest.slots) & ~np.isin(here, hot)
+            if cold.all() and len(here):
+                await self._segments.read(source_id, manifest, part, here, rows[low:high])
+            elif cold.any():
+                found = np.empty((int(cold.sum()), row_bytes), np.uint8)
+                await self._segments.read(source_id, manifest, part, here[cold], found)
+                rows[low:high][cold] = found
+            left[low:high] = ~cold
+        if left.any():
+            rows[left] = await self._hot.rows(source_id, wanted[left], _HOT_PARTS[part], row_bytes)
+        return rows if np.array_equal(wanted, slots) else rows[places]
 
 
-def _bit_positions(bits: bytes | None) -> NDArray[np.int64]:
-    """Return which bits are set in a Redis bitmap, the first being the highest of the first byte."""
-    return np.flatnonzero(np.unpackbits(np.frombuffer(bits or b"", np.uint8))).astype(np.int64)
-
-
-def _chunks(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+def _span(hour: int) -> tuple[int, int]:
+    """Return the slots [start, end) of an hour."""
+    return hour * HOUR_SLOTS, (hour + 1) * HOUR_SLOTS

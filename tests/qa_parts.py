@@ -52,7 +52,9 @@ from store.gaps import Gaps
 from store.idempotency import Idempotency
 from store.keyframes import Keyframes
 from store.leases import Leases
+from store.memory import Memory
 from store.moments import Moments
+from store.segments import Segments
 from store.settings import StoreSettings
 from store.sources import NewStream, NewVideo, Sources, Stream, StreamStatus, Video, VideoStatus
 from store.timeline import Timeline
@@ -168,7 +170,8 @@ async def open_parts(
 ) -> AsyncIterator[Parts]:
     qa, api = qa or QASettings(), api or ApiSettings()
     encoder = load_encoder(checkpoint, dtype)
-    timeline = Timeline(redis, encoder.format)
+    segments = Segments(str(folder / "segments"))
+    timeline = Timeline(redis, encoder.format, segments)
     keyframes = Keyframes(str(folder / "segments"))
     sources = Sources(redis, Cipher.open(None, folder))
     writer = FrameWriter(encoder, timeline, keyframes, Leases(redis), Gaps(redis), Counters(redis), frames_per_pass=8)
@@ -215,9 +218,8 @@ async def open_parts(
         await redis.ping()
 
     control = SourceControl(
-        redis,
         sources,
-        keyframes,
+        Memory(redis, segments, keyframes),
         Idempotency(redis),
         uploads=folder / "uploads",
         max_upload_bytes=api.max_upload_bytes,

@@ -15,8 +15,11 @@ from qa_service.selection import stratified
 from qa_service.settings import QASettings
 from store.counters import Counters
 from store.gaps import Gap
+from store.segments import Segments
 from store.timeline import Timeline
 from tests.qa_parts import QUESTION, Compressor, asked, keyframe, open_parts, stream_range, whole_model
+
+SEGMENTS = Segments("memory://segments")  # where nothing is sealed
 
 
 @pytest.fixture
@@ -350,7 +353,7 @@ async def test_questions_that_cannot_be_put_are_refused(parts):
 
 async def test_tokens_of_another_model_are_refused_at_the_start(parts):
     model, prompt = whole_model(parts.checkpoint)
-    other = Timeline(parts.redis, parts.timeline.format.model_copy(update={"fingerprint": "0" * 16}))
+    other = Timeline(parts.redis, parts.timeline.format.model_copy(update={"fingerprint": "0" * 16}), SEGMENTS)
     with pytest.raises(ValueError, match="same checkpoint"):
         Answerer(
             model,

@@ -12,8 +12,11 @@ from store.cipher import Cipher
 from store.connection import StoreRedis, connect
 from store.format import TokenFormat
 from store.leases import Leases
+from store.segments import Segments
 from store.sources import NewStream, NewVideo, Sources
 from store.timeline import Timeline
+
+SEGMENTS = Segments("memory://segments")  # where nothing is sealed
 
 FORMAT = TokenFormat(fingerprint="0123456789abcdef", dtype="float16", tokens_per_frame=1, width=2, vector_width=2)
 SECRET = "s3cret"
@@ -24,7 +27,7 @@ def new_cipher() -> Cipher:
 
 
 def desk_of(redis: StoreRedis, cipher: Cipher) -> StoreDesk:
-    return StoreDesk(Sources(redis, cipher), Leases(redis), Timeline(redis, FORMAT), lease_s=60)
+    return StoreDesk(Sources(redis, cipher), Leases(redis), Timeline(redis, FORMAT, SEGMENTS), lease_s=60)
 
 
 def door(**changes: object) -> NewStream:

@@ -19,11 +19,15 @@ from compressor_service.writer import FrameWriter
 from ingest.frame import Frame, Receipt
 from store.counters import Counters
 from store.gaps import Gap, Gaps
+from store.hot import FrameNotKept
 from store.keyframes import Keyframes
 from store.leases import Leases
-from store.timeline import FrameNotKept, Timeline
+from store.segments import Segments
+from store.timeline import Timeline
 from tests.reference import make_checkpoint
 from tests.untrained import write_untrained_checkpoint
+
+SEGMENTS = Segments("memory://segments")  # where nothing is sealed
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +42,7 @@ def encoder(folder):
 
 @pytest.fixture
 def timeline(redis, encoder):
-    return Timeline(redis, encoder.format)
+    return Timeline(redis, encoder.format, SEGMENTS)
 
 
 @pytest.fixture

@@ -29,11 +29,15 @@ from store.gaps import Gaps
 from store.janitor import Janitor
 from store.keyframes import Keyframes
 from store.leases import Leases
+from store.memory import Memory
+from store.segments import Segments
 from store.settings import StoreSettings
 from store.sources import NewStream, NewVideo, Sources
-from store.timeline import Timeline, erase_tokens
+from store.timeline import Timeline
 from tests.ingest_parts import encode, free_port, settings, simulated_camera, steady
 from tests.test_store_connection import server_pid
+
+SEGMENTS = Segments("memory://segments")  # where nothing is sealed
 
 CIPHER = Cipher(SecretStr(Fernet.generate_key().decode()))
 ALWAYS = (0, 1 << 40)
@@ -72,7 +76,7 @@ class Place:
     def __post_init__(self) -> None:
         self.store = StoreSettings(data_dir=self.folder)
         self.sources = Sources(self.redis, CIPHER)
-        self.timeline = Timeline(self.redis, self.encoder.format)
+        self.timeline = Timeline(self.redis, self.encoder.format, SEGMENTS)
         self.keyframes = Keyframes(self.store.segments_root)
         self.store.uploads_dir.mkdir(parents=True, exist_ok=True)
 
@@ -212,12 +216,12 @@ async def test_a_camera_gets_another_address_and_a_pause_while_it_is_recorded(pl
 async def test_nothing_comes_back_to_life_after_a_purge(place, redis):
     with simulated_camera("--gop", "5") as cam:
         async with place.ingest(tick_s=0.01) as (service, sink):
-            janitor = Janitor(redis, place.sources, place.keyframes, place.store)
+            janitor = Janitor(redis, place.sources, Memory(redis, SEGMENTS, place.keyframes), place.store)
             for _ in range(3):
                 stream = await place.sources.create_stream(camera_of(cam.url, fps=20))
                 await eventually(longer(sink.kept.setdefault(stream.id, []), by=3))
                 await place.sources.delete_stream(stream.id, purge=True)
-                await erase_tokens(redis, stream.id)
+                await Memory(redis, SEGMENTS, place.keyframes).erase(stream.id)
                 await place.keyframes.erase(stream.id)
                 await eventually(lambda: service.stats()["owned"] == 0)
             await janitor.sweep()

@@ -14,8 +14,12 @@ from redis.exceptions import ResponseError
 
 from store.connection import EmbeddedRedis, StoreRedis, StoreUnavailable, connect
 from store.format import TokenFormat
+from store.hot import Entry
 from store.leases import Leases
-from store.timeline import Entry, Timeline
+from store.segments import Segments
+from store.timeline import Timeline
+
+SEGMENTS = Segments("memory://segments")  # where nothing is sealed
 
 FORMAT = TokenFormat(fingerprint="0123456789abcdef", dtype="float16", tokens_per_frame=1, width=8, vector_width=4)
 
@@ -51,14 +55,14 @@ def _alive(pid: int) -> bool:
 async def test_what_was_written_survives_a_restart(tmp_path):
     with EmbeddedRedis.start(tmp_path) as server:
         async with connect(server.url) as redis:
-            timeline = Timeline(redis, FORMAT)
+            timeline = Timeline(redis, FORMAT, SEGMENTS)
             epoch = await Leases(redis).acquire("str_a", "one", 60)
             entry = Entry(100, 100_000, np.full((1, 8), 3, np.float16), np.full(4, 0.5, np.float32))
             await timeline.append("str_a", epoch, [entry])
     assert not server.running
     with EmbeddedRedis.start(tmp_path) as server:
         async with connect(server.url) as redis:
-            timeline = Timeline(redis, FORMAT)
+            timeline = Timeline(redis, FORMAT, SEGMENTS)
             np.testing.assert_array_equal((await timeline.read("str_a", np.array([100])))[0], entry.tokens)
             assert await Leases(redis).renew("one", {"str_a": epoch}, 60) == frozenset()
 
@@ -66,7 +70,7 @@ async def test_what_was_written_survives_a_restart(tmp_path):
 async def test_a_stopped_server_is_reported_and_work_goes_on_when_it_is_back(tmp_path):
     server = EmbeddedRedis.start(tmp_path)
     async with connect(server.url) as redis:
-        timeline = Timeline(redis, FORMAT)
+        timeline = Timeline(redis, FORMAT, SEGMENTS)
         leases = Leases(redis)
         assert await leases.acquire("str_a", "one", 60) is not None
         server.stop()
@@ -182,11 +186,11 @@ async def test_a_full_server_says_what_to_do(tmp_path):
             await redis.config_set("maxmemory", "1")
             entry = Entry(100, 100_000, np.ones((1, 8), np.float16), np.ones(4, np.float32))
             with pytest.raises(StoreUnavailable, match="maxmemory"):
-                await Timeline(redis, FORMAT).append("str_a", epoch, [entry])
+                await Timeline(redis, FORMAT, SEGMENTS).append("str_a", epoch, [entry])
             with pytest.raises(StoreUnavailable, match="maxmemory"):
                 await redis.set("key", "value")
             await redis.config_set("maxmemory", "0")
-            await Timeline(redis, FORMAT).append("str_a", epoch, [entry])
+            await Timeline(redis, FORMAT, SEGMENTS).append("str_a", epoch, [entry])
 
 
 async def test_errors_of_ours_stay_what_they_are(redis: StoreRedis):

@@ -16,12 +16,17 @@ from store.cipher import Cipher
 from store.connection import StoreRedis, StoreUnavailable
 from store.events import BEFORE_ALL, Events
 from store.format import TokenFormat
+from store.hot import Entry, FrameNotKept
 from store.janitor import Janitor, SweepReport
 from store.keyframes import Keyframes
 from store.leases import Leases
+from store.memory import Memory
+from store.segments import Segments
 from store.settings import StoreSettings
 from store.sources import Gap, NewStream, NewVideo, Sources
-from store.timeline import Entry, FrameNotKept, Timeline
+from store.timeline import Timeline
+
+SEGMENTS = Segments("memory://segments")  # where nothing is sealed
 
 FORMAT = TokenFormat(fingerprint="0123456789abcdef", dtype="float16", tokens_per_frame=1, width=2, vector_width=2)
 
@@ -51,8 +56,9 @@ def store(redis: StoreRedis, tmp_path: Path) -> Store:
     settings = StoreSettings(data_dir=tmp_path, janitor_interval_s=0.01, upload_grace_s=100)
     sources = Sources(redis, Cipher(SecretStr(Fernet.generate_key().decode())))
     keyframes = Keyframes(settings.segments_root)
-    janitor = Janitor(redis, sources, keyframes, settings)
-    return Store(sources, Timeline(redis, FORMAT), keyframes, Leases(redis), settings, janitor)
+    segments = Segments(settings.segments_root)
+    janitor = Janitor(redis, sources, Memory(redis, segments, keyframes), settings)
+    return Store(sources, Timeline(redis, FORMAT, segments), keyframes, Leases(redis), settings, janitor)
 
 
 async def test_retention_erases_what_is_older_and_keeps_the_rest(store):
@@ -150,7 +156,7 @@ async def test_a_download_lives_as_long_as_its_video_is_read(store):
 
 
 async def test_of_two_janitors_one_works_and_the_other_takes_over(store, redis):
-    second = Janitor(redis, store.sources, store.keyframes, store.settings)
+    second = Janitor(redis, store.sources, Memory(redis, SEGMENTS, store.keyframes), store.settings)
     tasks = [asyncio.create_task(janitor.run()) for janitor in (store.janitor, second)]
     try:
         stream = await store.sources.create_stream(NewStream(name="door", url="rtsp://cam/door", retention_hours=1))

@@ -8,8 +8,8 @@ import pytest
 
 from store.cipher import Cipher, WrongKey
 from store.connection import StoreUnavailable
+from store.hot import FrameNotKept
 from store.keyframes import Keyframes
-from store.timeline import FrameNotKept
 
 NOON = 1_800_000_000
 

@@ -10,10 +10,14 @@ from numpy.typing import NDArray
 
 from store.connection import StoreRedis, connect
 from store.format import TokenFormat
+from store.hot import Entry
 from store.leases import Leases
 from store.moments import HITS_PER_MOMENT, Moment, Moments, Span
+from store.segments import Segments
 from store.settings import StoreSettings
-from store.timeline import Entry, Timeline
+from store.timeline import Timeline
+
+SEGMENTS = Segments("memory://segments")  # where nothing is sealed
 
 WIDTH = 16
 FORMAT = TokenFormat(fingerprint="0123456789abcdef", dtype="float16", tokens_per_frame=1, width=2, vector_width=WIDTH)
@@ -40,7 +44,7 @@ class Writer:
     """Appends vectors as the owner of every source."""
 
     def __init__(self, redis: StoreRedis) -> None:
-        self.timeline = Timeline(redis, FORMAT)
+        self.timeline = Timeline(redis, FORMAT, SEGMENTS)
         self._leases = Leases(redis)
         self._epochs: dict[str, int] = {}
 

@@ -11,9 +11,15 @@ from numpy.typing import NDArray
 
 from store.connection import StoreRedis, connect
 from store.format import TokenFormat
+from store.hot import Entry, FrameNotKept
+from store.keyframes import Keyframes
 from store.leases import Leases
+from store.memory import Memory, has_tokens
+from store.segments import Segments
 from store.sources import BadCursor, StreamExists, StreamNotFound
-from store.timeline import Entry, FrameNotKept, StaleEpoch, Timeline, erase_tokens, has_tokens
+from store.timeline import StaleEpoch, Timeline
+
+SEGMENTS = Segments("memory://segments")  # where nothing is sealed
 
 FORMAT = TokenFormat(fingerprint="0123456789abcdef", dtype="float16", tokens_per_frame=2, width=8, vector_width=4)
 NOON = 1_800_000_000  # a live stream's slots are large
@@ -33,7 +39,7 @@ def stacked(entries: list[Entry]) -> NDArray[np.generic]:
 
 @pytest.fixture
 def timeline(redis: StoreRedis) -> Timeline:
-    return Timeline(redis, FORMAT)
+    return Timeline(redis, FORMAT, SEGMENTS)
 
 
 @pytest.fixture
@@ -61,7 +67,7 @@ async def test_what_was_appended_is_read_back_bit_for_bit(timeline, epoch):
 @pytest.mark.parametrize(("dtype", "numpy_dtype"), [("bfloat16", "uint16"), ("float32", "float32")])
 async def test_every_model_dtype_keeps_its_bits(redis, epoch, dtype, numpy_dtype):
     format = FORMAT.model_copy(update={"dtype": dtype})
-    timeline = Timeline(redis, format)
+    timeline = Timeline(redis, format, SEGMENTS)
     await timeline.append("str_a", epoch, [entry(7, format=format)])
     tokens = await timeline.read("str_a", np.array([7]))
     assert tokens.dtype == np.dtype(numpy_dtype)
@@ -70,7 +76,7 @@ async def test_every_model_dtype_keeps_its_bits(redis, epoch, dtype, numpy_dtype
 
 async def test_a_model_without_search_vectors_keeps_tokens_alone(redis, epoch):
     format = FORMAT.model_copy(update={"vector_width": 0})
-    timeline = Timeline(redis, format)
+    timeline = Timeline(redis, format, SEGMENTS)
     await timeline.append("str_a", epoch, [entry(7, format=format)])
     assert (await timeline.read("str_a", np.array([7]))).shape == (1, 2, 8)
     assert (await timeline.vectors("str_a", np.array([7]))).shape == (1, 0)
@@ -172,7 +178,7 @@ async def test_of_two_owners_only_the_newer_one_writes(timeline, redis_url, redi
         async with connect(redis_url) as own:
             for count in range(200):
                 try:
-                    await Timeline(own, FORMAT).append("str_a", epoch, [entry(count, mark)])
+                    await Timeline(own, FORMAT, SEGMENTS).append("str_a", epoch, [entry(count, mark)])
                 except StaleEpoch:
                     return count
         return 200
@@ -207,13 +213,14 @@ async def test_an_entry_of_another_format_is_refused(timeline, epoch, bad):
 
 
 async def test_models_never_mix_but_are_erased_together(timeline, redis, epoch):
-    other = Timeline(redis, FORMAT.model_copy(update={"fingerprint": "f" * 16, "width": 5}))
+    other = Timeline(redis, FORMAT.model_copy(update={"fingerprint": "f" * 16, "width": 5}), SEGMENTS)
     await timeline.append("str_a", epoch, [entry(1), entry(2)])
     await other.append("str_a", epoch, [entry(2, format=other.format), entry(3, format=other.format)])
     assert (await timeline.slots("str_a", 0, 9)).tolist() == [1, 2]
     assert (await other.slots("str_a", 0, 9)).tolist() == [2, 3]
-    assert await timeline.erase("str_a", 2, 3) == 2
-    assert await erase_tokens(redis, "str_a") == 2
+    memory = Memory(redis, SEGMENTS, Keyframes("memory://keyframes"))
+    assert (await memory.erase("str_a", 2, 3)).frames == 2
+    assert (await memory.erase("str_a")).frames == 2
     assert not await has_tokens(redis, "str_a")
 
 
@@ -264,7 +271,7 @@ def test_the_timeline_equals_a_dictionary(redis_url, steps, base):
     async def check() -> None:
         async with connect(redis_url) as redis:
             await redis.flushdb()
-            timeline = Timeline(redis, FORMAT)
+            timeline = Timeline(redis, FORMAT, SEGMENTS)
             epoch = await Leases(redis).acquire("str_a", "writer", 60)
             model: dict[int, Entry] = {}
             for kind, first, second in steps:

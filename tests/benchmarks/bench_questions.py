@@ -32,8 +32,8 @@ from qa_service.answerer import Answerer
 from qa_service.schemas import Answer, Question
 from qa_service.settings import QASettings
 from store.connection import EmbeddedRedis, StoreRedis, connect
+from store.hot import Entry
 from store.leases import Leases
-from store.timeline import Entry
 from tests.benchmarks.film import film
 from tests.benchmarks.larger_model import write_larger_checkpoint
 from tests.qa_parts import Parts, open_parts

@@ -20,8 +20,12 @@ from numpy.typing import NDArray
 
 from store.connection import EmbeddedRedis, connect
 from store.format import BLOCK_SLOTS, TokenFormat
+from store.hot import BLOCKS_PER_READ, Entry
 from store.leases import Leases
-from store.timeline import BLOCKS_PER_READ, Entry, Timeline
+from store.segments import Segments
+from store.timeline import Timeline
+
+SEGMENTS = Segments("memory://segments")  # where nothing is sealed
 
 FORMAT = TokenFormat(fingerprint="0" * 16, dtype="float16", tokens_per_frame=1, width=4096, vector_width=768)
 SOURCE = "str_bench"
@@ -79,7 +83,7 @@ async def measure(server: EmbeddedRedis, frames: int, repeats: int) -> dict[str,
     raw = RawReader(server.url.removeprefix("unix://"))
     ours_s, raw_s = [], []
     async with connect(server.url) as redis:
-        timeline = Timeline(redis, FORMAT)
+        timeline = Timeline(redis, FORMAT, SEGMENTS)
         epoch = await Leases(redis).acquire(SOURCE, "bench", 3600)
         assert epoch is not None
         await fill(timeline, epoch, slots)

@@ -1,0 +1,188 @@
+"""Files of the store under one root: a local folder, or an object store by fsspec. Everything here blocks."""
+
+import errno
+import os
+import re
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from store.connection import StoreUnavailable
+
+ERASE_TRIES = 5
+WRITE_ATTEMPTS = 10  # erasures remove empty folders; a write comes between them soon
+_UNUSABLE = (
+    "the files of the store cannot be read or written ({}); check TOKENLINE_STORE__SEGMENTS_URL, its permissions "
+    "and its free space"
+)
+_SOURCE_ID = re.compile(r"[A-Za-z0-9_-]+")  # a part of a path: nothing that leaves the root
+
+
+class Files:
+    """Reads and writes whole files and ranges of them.
+
+    Raises FileNotFoundError, and StoreUnavailable when the folder or the object store cannot be read or written.
+    """
+
+    def __init__(self, root_url: str) -> None:
+        self._fs, root = fsspec.url_to_fs(root_url)
+        self._root = root.rstrip("/")
+        self._local = isinstance(self._fs, LocalFileSystem)
+
+    def folder(self, source_id: str, kind: str) -> str:
+        """Return the folder of one kind of files of a source. ValueError for what is no source id."""
+        if not _SOURCE_ID.fullmatch(source_id):
+            raise ValueError("a source id consists of letters, digits, - and _")
+        return f"{self._root}/{source_id}/{kind}"
+
+    def write(self, files: Mapping[str, bytes], *, synced: bool = False) -> None:
+        """Write files so that readers see each of them whole or not at all; `synced` waits for the disk."""
+        with _named_failures():
+            if not self._local:
+                self._fs.pipe(dict(files))  # object stores show an object only when it is whole
+                return
+            for path, content in files.items():
+                _write_whole(Path(path), content, synced=synced)
+
+    def read(self, paths: Sequence[str]) -> list[bytes | None]:
+        """Return the contents of files in the order asked, None for those that are not there."""
+        with _named_failures():
+            # An object store reads a list at once, and returns what went wrong in place of an object's content.
+            if self._fs.async_impl and paths:
+                fetched = self._fs.cat(list(dict.fromkeys(paths)), on_error="return")
+                return [_content(fetched[path]) for path in paths]
+            contents: list[bytes | None] = []
+            for path in paths:
+                try:
+                    contents.append(self._fs.cat_file(path))
+                except FileNotFoundError:
+                    contents.append(None)
+            return contents
+
+    def read_ranges(self, path: str, ranges: Sequence[tuple[int, memoryview]]) -> None:
+        """Fill each target with the bytes of a file from an offset on. FileNotFoundError; EOFError if it ends."""
+        with _named_failures(is_reading=True):
+            if self._local:
+                with Path(path).open("rb", buffering=0) as file:
+                    for start, target in ranges:
+                        file.seek(start)
+                        _fill(file.readinto, target)
+                return
+            starts = [start for start, _ in ranges]
+            ends = [start + target.nbytes for start, target in ranges]
+            parts = self._fs.cat_ranges([path] * len(ranges), starts, ends, on_error="raise")
+            for part, (_, target) in zip(parts, ranges, strict=True):
+                if len(part) < target.nbytes:
+                    raise EOFError
+                target[:] = part
+
+    def names(self, folder: str) -> list[str]:
+        """Return the names of what lies in a folder, sorted; nothing if there is no such folder."""
+        with _named_failures():
+            self._fs.invalidate_cache()
+            try:
+                paths: Iterable[str] = self._fs.ls(folder, detail=False)
+            except FileNotFoundError:
+                return []
+            return sorted(path.rstrip("/").rpartition("/")[2] for path in paths)
+
+    def remove(self, paths: Sequence[str], *, recursive: bool = False) -> None:
+        """Remove files or folders, though others write and erase there at the same time."""
+        doomed = list(paths)
+        with _named_failures():
+            for tries_left in reversed(range(ERASE_TRIES)):
+                if not doomed:
+                    return
+                try:
+                    self._fs.rm(doomed, recursive=recursive)
+                    return
+                except FileNotFoundError:
+                    doomed = [path for path in doomed if self._fs.exists(path)]
+                except OSError as error:
+                    if error.errno != errno.ENOTEMPTY or tries_left == 0:
+                        raise
+
+    def remove_if_empty(self, folders: Iterable[str]) -> None:
+        """Remove those of the folders that hold nothing, and then their parents."""
+        if self._local:  # elsewhere folders are only names
+            for path in map(Path, folders):
+                for empty in (path, path.parent):
+                    with suppress(OSError):
+                        empty.rmdir()
+
+    def is_writable(self) -> bool:
+        """Return whether a file can be written and removed now."""
+        probe = f"{self._root}/.writable-{uuid.uuid4().hex}"
+        try:
+            self.write({probe: b"ok"})
+            self._fs.rm_file(probe)
+        except OSError:  # StoreUnavailable is one
+            return False
+        return True
+
+
+def _content(found: bytes | Exception) -> bytes | None:
+    if isinstance(found, FileNotFoundError):
+        return None
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def _fill(readinto: Callable[[memoryview], int | None], target: memoryview) -> None:
+    """Read until a target is full: one read may give less. EOFError."""
+    done = 0
+    while done < target.nbytes:
+        count = readinto(target[done:])
+        if not count:
+            raise EOFError
+        done += count
+
+
+def _write_whole(path: Path, content: bytes, *, synced: bool) -> None:
+    """Write a file so that readers see it whole or not at all."""
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    for attempt in range(WRITE_ATTEMPTS):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with draft.open("wb") as file:
+                file.write(content)
+                if synced:
+                    file.flush()
+                    os.fsync(file.fileno())
+            draft.replace(path)
+            if synced:
+                _sync_folder(path.parent)
+            return
+        except (FileNotFoundError, FileExistsError):  # an erasure removed an empty folder just now
+            if attempt == WRITE_ATTEMPTS - 1:
+                raise
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise
+
+
+def _sync_folder(path: Path) -> None:
+    """Make the name of a new file outlive a crash of the machine."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _named_failures(*, is_reading: bool = False) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        if is_reading:
+            raise
+        raise StoreUnavailable(_UNUSABLE.format("the folder vanished")) from None
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise StoreUnavailable(_UNUSABLE.format(reason)) from error

@@ -1,0 +1,63 @@
+"""The names of a timeline's keys in Redis. All of one source lie in one slot of a cluster, by their hash tag."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+PARTS = ("t", "p", "m", "v")  # of a block: tokens, presence bits, capture times, search vectors
+
+# Lua: a mark that never was there before, for what has changed. Numbers that count would begin anew after a loss.
+NEW_MARK = """
+local time = redis.call('TIME')
+local mark = time[1] .. '.' .. time[2]
+"""
+
+
+def formats_key(source_id: str) -> str:
+    """Hash of the formats in which tokens of the source are kept, by fingerprint."""
+    return f"tl:{{{source_id}}}:formats"
+
+
+@dataclass(frozen=True, slots=True)
+class TimelineKeys:
+    """The keys of one source's tokens of one model."""
+
+    source_id: str
+    fingerprint: str
+
+    @property
+    def _root(self) -> str:
+        return f"tl:{{{self.source_id}}}:{self.fingerprint}"
+
+    @property
+    def blocks(self) -> str:
+        """Sorted set of the blocks that hold a frame: nothing has to be searched for with SCAN."""
+        return f"{self._root}:blocks"
+
+    @property
+    def frames(self) -> str:
+        """Number of frames that are kept, hot or sealed."""
+        return f"{self._root}:frames"
+
+    @property
+    def changes(self) -> str:
+        """Hash of marks by hour: every write and erasure of a hot block leaves a new one, until the hour is sealed."""
+        return f"{self._root}:changes"
+
+    @property
+    def hours(self) -> str:
+        """Sorted set of the hours that are sealed."""
+        return f"{self._root}:hours"
+
+    @property
+    def sealed(self) -> str:
+        """Hash of the manifests of sealed hours, by hour."""
+        return f"{self._root}:sealed"
+
+    def part(self, part: str, block: int) -> str:
+        return f"{self._root}:{part}:{block}"
+
+    def presence(self, block: int) -> str:
+        return self.part("p", block)
+
+    def of_blocks(self, blocks: Sequence[int]) -> list[str]:
+        return [self.part(part, block) for block in blocks for part in PARTS]
