@@ -5,8 +5,11 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from uuid import uuid4
 
+import fsspec
 import pytest
+from moto.server import ThreadedMotoServer
 
 from store.connection import EmbeddedRedis, StoreRedis, connect
 from tests.untrained import write_untrained_checkpoint
@@ -35,6 +38,31 @@ async def redis(redis_url: str) -> AsyncIterator[StoreRedis]:
     async with connect(redis_url) as client:
         await client.flushdb()
         yield client
+
+
+@pytest.fixture(scope="session")
+def s3_root() -> Iterator[str]:
+    """The address of an empty bucket of a server that speaks S3."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    access = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**access, "AWS_ENDPOINT_URL": f"http://{host}:{port}"}.items():
+            patch.setenv(name, value)
+        fsspec.filesystem("s3").mkdir("tokenline")
+        yield "s3://tokenline/site"
+    server.stop()
+
+
+@pytest.fixture(params=["folder", "memory", "s3"])
+def segments_root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty root for files of the store: a folder, an object store in this process, a server that speaks S3."""
+    if request.param == "folder":
+        return str(tmp_path / "segments")
+    if request.param == "memory":
+        return f"memory://{uuid4().hex}"
+    return f"{request.getfixturevalue('s3_root')}/{uuid4().hex}"
 
 
 @pytest.fixture(scope="session")

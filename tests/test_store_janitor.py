@@ -15,7 +15,7 @@ from pydantic import SecretStr
 from store.cipher import Cipher
 from store.connection import StoreRedis, StoreUnavailable
 from store.events import BEFORE_ALL, Events
-from store.format import TokenFormat
+from store.format import HOUR_SLOTS, TokenFormat
 from store.hot import Entry, FrameNotKept
 from store.janitor import Janitor, SweepReport
 from store.keyframes import Keyframes
@@ -23,7 +23,7 @@ from store.leases import Leases
 from store.memory import Memory
 from store.segments import Segments
 from store.settings import StoreSettings
-from store.sources import Gap, NewStream, NewVideo, Sources
+from store.sources import Gap, NewStream, NewVideo, Sources, VideoStatus
 from store.timeline import Timeline
 
 SEGMENTS = Segments("memory://segments")  # where nothing is sealed
@@ -43,17 +43,18 @@ class Store:
     janitor: Janitor
 
     async def remember(self, source_id: str, slots: list[int]) -> None:
-        """Append frames as the owner."""
+        """Append frames as the owner, and give the source back."""
         epoch = await self.leases.acquire(source_id, "writer", 60)
         assert epoch is not None
         await self.keyframes.put_many({(source_id, slot): b"jpeg" for slot in slots})
         entries = [Entry(slot, slot * 1000, np.ones((1, 2), np.float16), np.ones(2, np.float32)) for slot in slots]
         await self.timeline.append(source_id, epoch, entries)
+        await self.leases.release("writer", {source_id: epoch})
 
 
 @pytest.fixture
 def store(redis: StoreRedis, tmp_path: Path) -> Store:
-    settings = StoreSettings(data_dir=tmp_path, janitor_interval_s=0.01, upload_grace_s=100)
+    settings = StoreSettings(data_dir=tmp_path, janitor_interval_s=0.01, upload_grace_s=100, seal_settle_s=900)
     sources = Sources(redis, Cipher(SecretStr(Fernet.generate_key().decode())))
     keyframes = Keyframes(settings.segments_root)
     segments = Segments(settings.segments_root)
@@ -67,7 +68,7 @@ async def test_retention_erases_what_is_older_and_keeps_the_rest(store):
     old, young = [now - 3 * 3600, now - 2 * 3600 - 60], [now - 2 * 3600 + 60, now]
     await store.remember(stream.id, old + young)
     await store.sources.add_gaps(stream.id, None, [Gap(start_slot=old[0], end_slot=old[0] + 5, reason="shed")])
-    assert await store.janitor.sweep() == SweepReport(frames=2, keyframes=2)
+    assert await store.janitor.sweep() == SweepReport(sealed=1, frames=2, keyframes=2)
     assert (await store.timeline.slots(stream.id, 0, 10**12)).tolist() == young
     assert await store.keyframes.get_many(stream.id, young) == [b"jpeg"] * 2
     with pytest.raises(FrameNotKept):
@@ -84,6 +85,48 @@ async def test_retention_counts_slots_by_the_streams_own_rate(store):
     await store.remember(stream.id, [old, young])
     assert (await store.janitor.sweep()).frames == 1
     assert (await store.timeline.slots(stream.id, 0, 10**12)).tolist() == [young]
+
+
+async def test_full_hours_are_sealed_once_nothing_more_is_expected_of_them(store):
+    stream = await store.sources.create_stream(NewStream(name="door", url="rtsp://cam/door", retention_hours=9))
+    now = int(time.time())
+    settled = (now - 900) // HOUR_SLOTS
+    full, open_hours = [(settled - 2) * HOUR_SLOTS, settled * HOUR_SLOTS - 1], [settled * HOUR_SLOTS, now]
+    await store.remember(stream.id, full + open_hours)
+    assert (await store.janitor.sweep()).sealed == 2
+    assert (await store.janitor.sweep()).sealed == 0
+    assert sealed_hours(store, stream.id) == {settled - 2, settled - 1}
+    assert (await store.timeline.slots(stream.id, 0, 10**12)).tolist() == full + open_hours
+
+
+async def test_retention_takes_a_sealed_hour_when_all_of_it_is_over(store):
+    stream = await store.sources.create_stream(NewStream(name="door", url="rtsp://cam/door", retention_hours=9))
+    hour = int(time.time()) // HOUR_SLOTS - 4
+    slots = [hour * HOUR_SLOTS, (hour + 1) * HOUR_SLOTS - 1, (hour + 1) * HOUR_SLOTS]
+    await store.remember(stream.id, slots)
+    assert (await store.janitor.sweep()).sealed == 2
+    await store.sources.update_stream(stream.id, retention_hours=3)
+    assert (await store.janitor.sweep()).frames == 2
+    assert sealed_hours(store, stream.id) == {hour + 1}
+    assert (await store.timeline.slots(stream.id, 0, 10**12)).tolist() == slots[2:]
+
+
+async def test_a_video_is_sealed_to_its_end_once_it_is_read(store):
+    video = await store.sources.create_video(NewVideo(name="clip", file="clip.mp4"))
+    slots = [0, 5, HOUR_SLOTS + 3, HOUR_SLOTS + 2000]
+    await store.remember(video.id, slots)
+    assert (await store.janitor.sweep()).sealed == 1  # it goes on in the second hour
+    epoch = await store.leases.acquire(video.id, "ingest", 60)
+    assert epoch is not None
+    await store.sources.set_video_status(video.id, epoch, VideoStatus(status="ready", progress=1.0))
+    assert (await store.janitor.sweep()).sealed == 1
+    assert sealed_hours(store, video.id) == {0, 1}
+    assert (await store.timeline.slots(video.id, 0, 10**6)).tolist() == slots
+
+
+def sealed_hours(store: Store, source_id: str) -> set[int]:
+    folder = Path(store.settings.segments_root) / source_id / "hours"
+    return {int(path.parent.name) for path in folder.rglob("*.safetensors")}
 
 
 async def test_videos_have_no_retention(store):
@@ -117,7 +160,7 @@ async def test_a_deleted_stream_answers_until_retention_and_is_then_forgotten(st
     await store.remember(stream.id, [now - 3500])
     await store.sources.delete_stream(stream.id)
     for _ in range(3):
-        assert await store.janitor.sweep() == SweepReport()
+        assert await store.janitor.sweep() in (SweepReport(), SweepReport(sealed=1))
     assert await store.timeline.count(stream.id) == 1
     await store.timeline.erase(stream.id)
     reports = [await store.janitor.sweep() for _ in range(3)]

@@ -1,8 +1,6 @@
 """Keyframes in a local folder and in an object store, by one contract."""
 
 import asyncio
-from pathlib import Path
-from uuid import uuid4
 
 import pytest
 
@@ -14,9 +12,9 @@ from store.keyframes import Keyframes
 NOON = 1_800_000_000
 
 
-@pytest.fixture(params=["folder", "object store"])
-def keyframes(request: pytest.FixtureRequest, tmp_path: Path) -> Keyframes:
-    return Keyframes(str(tmp_path / "segments") if request.param == "folder" else f"memory://{uuid4().hex}")
+@pytest.fixture
+def keyframes(segments_root: str) -> Keyframes:
+    return Keyframes(segments_root)
 
 
 async def test_a_keyframe_comes_back_byte_for_byte(keyframes):
