@@ -36,6 +36,7 @@ from ingest.sandbox import Sandbox
 from qa_service.api import Services, build_api
 from qa_service.control import SourceControl
 from qa_service.coverage import RangeReader
+from qa_service.erasure import Erasure
 from qa_service.errors import BadUrl, UnsupportedMedia
 from qa_service.feed import Feed
 from qa_service.finder import Finder
@@ -47,6 +48,7 @@ from qa_service.viewer import Viewer
 from store.cipher import Cipher
 from store.connection import StoreRedis, StoreUnavailable, connect
 from store.counters import Counters
+from store.erasures import Erasures
 from store.events import Events
 from store.idempotency import Idempotency
 from store.janitor import Janitor
@@ -169,8 +171,10 @@ class Search:
     """Holds the FAISS shards."""
 
     async def __init__(self, settings: Settings, compressor: Handle) -> None:  # type: ignore[misc]
-        timeline = Timeline(_redis(settings), (await RemoteCompressor(compressor).facts()).format, _segments(settings))
+        redis = _redis(settings)
+        timeline = Timeline(redis, (await RemoteCompressor(compressor).facts()).format, _segments(settings))
         self._moments = Moments(timeline, settings.store)
+        self._erasures = asyncio.create_task(Erasures(redis).follow(self._moments.drop))
 
     async def search(
         self,
@@ -205,6 +209,7 @@ class QA:
             counters=Counters(redis),
             model_name=facts.name,
         )
+        self._erasures = asyncio.create_task(Erasures(redis).follow(self._answerer.forget))
         self._described = ModelBody(
             id=facts.name,
             created=int(time.time()),
@@ -243,11 +248,12 @@ class Gateway:
         uploads = settings.store.uploads_dir
         await asyncio.to_thread(uploads.mkdir, parents=True, exist_ok=True)
         addresses = Addresses(AddressPolicy(settings.ingest.allowed_networks))
+        memory = Memory(redis, _segments(settings), keyframes)
         self._settings = settings.api
         self._services = Services(
             control=SourceControl(
                 sources,
-                Memory(redis, _segments(settings), keyframes),
+                memory,
                 Idempotency(redis),
                 uploads=uploads,
                 max_upload_bytes=settings.api.max_upload_bytes,
@@ -257,6 +263,7 @@ class Gateway:
                 probe_camera=RemoteCameras(ingest),
             ),
             viewer=Viewer(reader, timeline, keyframes),
+            erasure=Erasure(reader, sources, Leases(redis), memory),
             finder=Finder(reader, remote, RemoteMoments(search)),
             questions=questions,
             describe=questions.describe,

@@ -171,6 +171,10 @@ class Answerer:
         fitting = rows // config.tokens_per_frame
         return fitting if self._settings.max_frames is None else min(fitting, self._settings.max_frames)
 
+    async def forget(self, source_id: str) -> None:
+        """Let go of what is held of a source, for frames of it were erased."""
+        self._prefixes.forget(source_id)
+
     def close(self) -> None:
         """End the model's thread."""
         self._thread.close()
@@ -351,13 +355,15 @@ class Answerer:
         ids = torch.tensor(plan.input_ids)
         text = text.to(self._model.device, self._model.dtype)
         before, tail = self._model.place_frames(text, ids, text[:0])
-        key = plan.head_key(plan.input_ids[: len(before)])
+        key, turn = plan.head_key(plan.input_ids[: len(before)]), self._prefixes.turn
         head: Tensor | Prefix | None = self._prefixes.get(key)
         if head is None:
             tokens = [await self._timeline.read(one.reading.source.id, one.slots) for one in plan.used]
             head = await asyncio.to_thread(_joined, before, tokens)  # a day of frames is too much for the event loop
         return Generation(
             key=key,
+            sources=frozenset(one.reading.source.id for one in plan.used),
+            turn=turn,
             head=head,
             tail=tail,
             max_new_tokens=question.max_output_tokens,

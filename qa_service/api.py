@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 
 from qa_service.control import SourceControl
 from qa_service.door import Door, respond
+from qa_service.erasure import Erasure
 from qa_service.errors import TABLE, Reply, ServiceError, ValidationFailed, tell, tell_as
 from qa_service.feed import Feed
 from qa_service.finder import Finder
@@ -24,6 +25,7 @@ from qa_service.metrics import Metrics
 from qa_service.schemas import (
     Answer,
     AnswerEvent,
+    ErasureReceipt,
     ErrorBody,
     EventBody,
     Health,
@@ -69,6 +71,7 @@ class Services:
 
     control: SourceControl
     viewer: Viewer
+    erasure: Erasure
     finder: Finder
     questions: Questions
     describe: Describe
@@ -300,6 +303,20 @@ def _add_sources(api: FastAPI, services: Services) -> None:
     ) -> TimelineBody:
         caller.require_source(source_id)
         return await viewer.timeline(source_id, start, end, resolution_s)
+
+    @api.delete(
+        "/v1/sources/{source_id}/memory",
+        tags=["sources"],
+        summary="Erase what is remembered of a source, or of a time of it, for good",
+        responses=_errors(401, 403, 404, 409, 422, 429, 503),
+    )
+    async def erase_memory(
+        source_id: str,
+        caller: Writer,
+        start: Annotated[str | None, Query(max_length=64, description="Left out: from the first frame.")] = None,
+        end: Annotated[str | None, Query(max_length=64, description="Left out: to the last frame.")] = None,
+    ) -> ErasureReceipt:
+        return await services.erasure.erase(caller, source_id, start, end)
 
     @api.get(
         "/v1/sources/{source_id}/frames/{time}",

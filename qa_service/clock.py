@@ -9,6 +9,7 @@ _SLACK_SLOTS = 1e-4
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 # The calendar's end, for videos too: every time that is taken can be written, and counted in slots of 64 bits.
 _MAX_S = (datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC) - _EPOCH).total_seconds()
+_SPACE_FOR_PLUS = re.compile(r" (\d\d:\d\d)$")
 _RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)")
 
 STREAM_TIME_ADVICE = "Times of a stream are RFC 3339 with a zone, for example 2026-07-01T06:00:00Z."
@@ -41,6 +42,11 @@ def check_video_time(seconds: float) -> float:
     if not 0 <= seconds <= _MAX_S:
         raise ValueError(VIDEO_TIME_ADVICE)
     return float(seconds)
+
+
+def parse_query_time(text: str, *, live: bool) -> float:
+    """Return the seconds of a time in an address, where the plus of a zone may have become a blank. ValueError."""
+    return parse_stream_time(_SPACE_FOR_PLUS.sub(r"+\1", text)) if live else parse_video_time(text)
 
 
 def write_stream_time(seconds: float) -> str:

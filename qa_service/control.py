@@ -248,7 +248,9 @@ class SourceControl:
 
         The janitor does the same again for what a crash leaves here.
         """
-        return (await self._memory.erase(source_id)).frames
+        erased = await self._memory.erase(source_id)
+        await self._memory.scrub()
+        return erased.frames.total
 
     async def _once(
         self,

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qa_service import clock
+from qa_service.errors import BadTimeRange
 from qa_service.schemas import GapBody, StreamRange, Time, VideoRange
 from store.gaps import Gap, GapReason
 from store.sources import Source, SourceNotFound, Sources, Stream, StreamNotFound, Video, VideoNotFound
@@ -21,6 +22,14 @@ _EVER = 1 << 62
 def write_time(source: Source, seconds: float) -> Time:
     """Write a time on the clock of `source`: RFC 3339 for a stream, seconds for a video."""
     return clock.write_stream_time(seconds) if isinstance(source, Stream) else round(seconds, 6)
+
+
+def asked_seconds(source: Source, text: str, param: str) -> float:
+    """Read a time of an address on the clock of `source`. Raises BadTimeRange."""
+    try:
+        return clock.parse_query_time(text, live=isinstance(source, Stream))
+    except ValueError as error:
+        raise BadTimeRange(str(error), param=param) from None
 
 
 def write_slot(source: Source, slot: int) -> Time:

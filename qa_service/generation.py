@@ -18,8 +18,9 @@ class PrefixCache:
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._held: OrderedDict[Hashable, Prefix] = OrderedDict()
+        self._held: OrderedDict[Hashable, tuple[Prefix, frozenset[str]]] = OrderedDict()
         self._bytes = 0
+        self._turn = 0
         self._lock = threading.Lock()
 
     @property
@@ -32,18 +33,39 @@ class PrefixCache:
         with self._lock:
             if key in self._held:
                 self._held.move_to_end(key)
-            return self._held.get(key)
+            found = self._held.get(key)
+            return None if found is None else found[0]
 
-    def put(self, key: Hashable, prefix: Prefix) -> None:
-        """Hold a prefix, and let go of those used longest ago; one that is larger than everything is not held."""
+    @property
+    def turn(self) -> int:
+        """A number that changes whenever something is forgotten."""
         with self._lock:
-            if key in self._held or prefix.nbytes > self._max_bytes:
+            return self._turn
+
+    def put(self, key: Hashable, prefix: Prefix, sources: frozenset[str], turn: int) -> None:
+        """Hold a prefix of frames of `sources`, and let go of those used longest ago.
+
+        One that is larger than everything is not held, nor one whose frames were read before the last erasure: `turn`
+        is that of then.
+        """
+        with self._lock:
+            if key in self._held or prefix.nbytes > self._max_bytes or turn != self._turn:
                 return
-            self._held[key] = prefix
+            self._held[key] = prefix, sources
             self._bytes += prefix.nbytes
             while self._bytes > self._max_bytes:
-                _, dropped = self._held.popitem(last=False)
-                self._bytes -= dropped.nbytes
+                self._drop(next(iter(self._held)))
+
+    def forget(self, source_id: str) -> None:
+        """Let go of every prefix that holds frames of a source."""
+        with self._lock:
+            self._turn += 1
+            for key in [key for key, (_, sources) in self._held.items() if source_id in sources]:
+                self._drop(key)
+
+    def _drop(self, key: Hashable) -> None:
+        prefix, _ = self._held.pop(key)
+        self._bytes -= prefix.nbytes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,10 +73,13 @@ class Generation:
     """What the model is to read and how it is to write.
 
     `head` is the prompt up to and with the frames: rows (S, D), or the prefix that an earlier answer left. `tail` are
-    the rows (L', D) behind it. `key` names the head: the same key, the same rows.
+    the rows (L', D) behind it. `key` names the head: the same key, the same rows. `sources`
+    are those of the frames, `turn` is that of the prefix cache before they were read.
     """
 
     key: Hashable
+    sources: frozenset[str]
+    turn: int
     head: Tensor | Prefix
     tail: Tensor
     max_new_tokens: int
@@ -121,5 +146,5 @@ class ModelThread:
         prefix = self._prefixes.get(generation.key)  # an answer that was under way may have left it meanwhile
         if prefix is None:
             prefix = self._model.prefill(generation.head)
-            self._prefixes.put(generation.key, prefix)
+            self._prefixes.put(generation.key, prefix, generation.sources, generation.turn)
         return prefix, generation.tail

@@ -345,6 +345,31 @@ class TimelineBucket(Body):
     slots: int = Field(description="Frames that a source without gaps would have.")
 
 
+class ErasedCounts(Body):
+    """What was erased, by where it was."""
+
+    redis_frames: int = Field(description="Frame tokens with their search vectors in Redis, of all models.")
+    sealed_frames: int = Field(description="The same in segments; files are rewritten without them or removed.")
+    keyframes: int = Field(description="Pictures.")
+
+
+class ErasureReceipt(Body):
+    """Proof of an erasure: what was asked for, and what is gone."""
+
+    id: str
+    object: Literal["erasure"] = "erasure"
+    source_id: str
+    start: Time | None = Field(description="Null: from the first frame.")
+    end: Time | None = Field(description="Null: to the last frame.")
+    erased: ErasedCounts
+    caches_within_s: float = Field(description="Copies in the memory of answering replicas are gone so soon.")
+    redis_log_rewritten: bool = Field(
+        description="Whether Redis writes its log on disk anew, in the background. If false, erased bytes stay in the "
+        "log until it does: run BGREWRITEAOF."
+    )
+    completed_at: str
+
+
 class GapBody(Body):
     start: Time
     end: Time

@@ -1,22 +1,19 @@
 """What is kept of a source, for people to look at: frames over time, and the pictures themselves."""
 
 import math
-import re
 from dataclasses import dataclass
 
 import numpy as np
 
 from qa_service import clock
-from qa_service.coverage import RangeReader, write_slot, write_time, written_gaps
-from qa_service.errors import BadTimeRange, FrameMissing, ValidationFailed, inverted
+from qa_service.coverage import RangeReader, asked_seconds, write_slot, write_time, written_gaps
+from qa_service.errors import FrameMissing, ValidationFailed, inverted
 from qa_service.schemas import Time, TimelineBody, TimelineBucket
 from store.hot import FrameNotKept
 from store.keyframes import Keyframes
-from store.sources import Source, Stream
 from store.timeline import Timeline
 
 MAX_BUCKETS = 10_000
-_SPACE_FOR_PLUS = re.compile(r" (\d\d:\d\d)$")  # a query's "+02:00" that was not percent-encoded
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +39,8 @@ class Viewer:
         """
         source = await self._reader.source(source_id)
         first, last = await self._reader.extent(source) or (0, -1)
-        start_s = first / source.fps if start is None else _seconds(source, start, "start")
-        end_s = max(start_s, (last + 1) / source.fps) if end is None else _seconds(source, end, "end")
+        start_s = first / source.fps if start is None else asked_seconds(source, start, "start")
+        end_s = max(start_s, (last + 1) / source.fps) if end is None else asked_seconds(source, end, "end")
         if end is not None and end_s <= start_s:
             raise inverted("end")
         count = math.ceil((end_s - start_s) / resolution_s)
@@ -75,7 +72,7 @@ class Viewer:
     async def picture(self, source_id: str, time: str) -> Picture:
         """Return the keyframe of the slot that covers a time. Raises BadTimeRange and FrameMissing."""
         source = await self._reader.source(source_id)
-        slot = clock.slot_at(_seconds(source, time, "time"), source.fps)
+        slot = clock.slot_at(asked_seconds(source, time, "time"), source.fps)
         try:
             [captured_ms] = await self._timeline.times(source.id, np.array([slot], np.int64))
             jpeg = await self._keyframes.get(source.id, slot)
@@ -90,12 +87,3 @@ class Viewer:
                 },
             ) from None
         return Picture(jpeg, write_time(source, int(captured_ms) / 1000))
-
-
-def _seconds(source: Source, text: str, param: str) -> float:
-    try:
-        if isinstance(source, Stream):
-            return clock.parse_stream_time(_SPACE_FOR_PLUS.sub(r"+\1", text))
-        return clock.parse_video_time(text)
-    except ValueError as error:
-        raise BadTimeRange(str(error), param=param) from None

@@ -18,7 +18,7 @@ from store.memory import Erased, Memory, has_tokens
 from store.segments import SegmentDamaged
 from store.settings import StoreSettings
 from store.sources import Kept, Source, Sources, Stream, Video
-from store.timeline import Timeline
+from store.timeline import NOTHING_ERASED, Timeline
 
 logger = logging.getLogger(__name__)
 
@@ -76,10 +76,10 @@ class Janitor:
         for kept in everything:
             leaves = await self._leaves(kept)
             erased = await (self._memory.erase(kept.source.id) if leaves else self._erase_old(kept.source))
-            frames, keyframes = frames + erased.frames, keyframes + erased.keyframes
+            frames, keyframes = frames + erased.frames.total, keyframes + erased.keyframes
             if not leaves:
                 sealed += await self._seal(kept.source)
-            elif erased == Erased(0, 0):
+            elif erased == Erased():
                 clean.add(kept.source.id)
         # A frame may still be on its way when a source is purged: only one found empty twice is forgotten.
         forgotten = clean & self._clean
@@ -87,6 +87,8 @@ class Janitor:
             await self._sources.forget(source_id)
             self._steps.pop(source_id, None)
         self._clean = frozenset(clean - forgotten)
+        if forgotten:
+            await self._memory.scrub()
         videos = [kept.source for kept in everything if isinstance(kept.source, Video) and not kept.purge]
         uploads = await asyncio.to_thread(self._erase_uploads, videos)
         report = SweepReport(sealed, frames, keyframes, uploads, len(forgotten))
@@ -110,11 +112,13 @@ class Janitor:
     async def _erase_old(self, source: Source) -> Erased:
         """Erase what a stream's retention ends."""
         if isinstance(source, Video):
-            return Erased(0, 0)
+            return Erased()
         oldest = int((time.time() - source.retention_hours * 3600) * source.fps)
         if oldest <= 0:
-            return Erased(0, 0)
-        frames = sum([await timeline.expire(source.id, oldest) for timeline in await self._memory.timelines(source.id)])
+            return Erased()
+        frames = NOTHING_ERASED
+        for timeline in await self._memory.timelines(source.id):
+            frames += await timeline.expire(source.id, oldest)
         await self._sources.trim_gaps(source.id, oldest)
         keyframes = 0
         if self._steps.get(source.id) != (step := oldest // KEYFRAME_STEP_SLOTS):

@@ -1,23 +1,29 @@
 """What is kept of a source whatever model saw it: timelines of every format, and keyframes."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from redis.asyncio import Redis
+from redis.exceptions import ResponseError
 
+from store.erasures import Erasures
 from store.format import TokenFormat
 from store.keyframes import Keyframes
 from store.keys import formats_key
 from store.segments import Segments
-from store.timeline import Timeline
+from store.timeline import NOTHING_ERASED, ErasedFrames, Timeline
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Erased:
     """How many frame tokens, of all models together, and how many keyframes are gone."""
 
-    frames: int
-    keyframes: int
+    frames: ErasedFrames = NOTHING_ERASED
+    keyframes: int = 0
 
 
 class Memory:
@@ -26,6 +32,7 @@ class Memory:
     def __init__(self, redis: Redis, segments: Segments, keyframes: Keyframes) -> None:
         self.keyframes = keyframes
         self._redis = redis
+        self._erasures = Erasures(redis)
         self._segments = segments
 
     async def timelines(self, source_id: str) -> Sequence[Timeline]:
@@ -35,10 +42,25 @@ class Memory:
 
     async def erase(self, source_id: str, start: int | None = None, end: int | None = None) -> Erased:
         """Erase the slots [start, end) for good; None leaves a side unbounded."""
-        frames = sum([await timeline.erase(source_id, start, end) for timeline in await self.timelines(source_id)])
+        frames = NOTHING_ERASED
+        for timeline in await self.timelines(source_id):
+            frames += await timeline.erase(source_id, start, end)
         if start is None and end is None:
             await self._segments.remove_source(source_id)  # with what models left of whom nothing else is known
-        return Erased(frames, await self.keyframes.erase(source_id, start, end))
+        keyframes = await self.keyframes.erase(source_id, start, end)
+        await self._erasures.note(source_id)
+        return Erased(frames, keyframes)
+
+    async def scrub(self) -> bool:
+        """Let Redis write its log anew, without what was erased; False where it may not be told to."""
+        try:
+            persistence: Any = await self._redis.info("persistence")
+            if persistence.get("aof_enabled") and not persistence.get("aof_rewrite_in_progress"):
+                await self._redis.bgrewriteaof()
+            return True
+        except ResponseError as error:
+            logger.warning("Redis refuses to write its log anew (%s): erased bytes stay in it until it does", error)
+            return False
 
 
 async def has_tokens(redis: Redis, source_id: str) -> bool:

@@ -7,6 +7,7 @@ again. A frame that comes for a sealed hour is hot until the hour is sealed anew
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,24 @@ _HOT_PARTS: Mapping[Part, str] = {"tokens": "t", "vectors": "v", "times": "m"}
 
 class StaleEpoch(RuntimeError):
     """The writer no longer owns the source: another owner took over, or the lease was revoked."""
+
+
+@dataclass(frozen=True, slots=True)
+class ErasedFrames:
+    """How many frames are gone from Redis (`hot`) and from segments (`sealed`)."""
+
+    hot: int
+    sealed: int
+
+    def __add__(self, other: "ErasedFrames") -> "ErasedFrames":
+        return ErasedFrames(self.hot + other.hot, self.sealed + other.sealed)
+
+    @property
+    def total(self) -> int:
+        return self.hot + self.sealed
+
+
+NOTHING_ERASED = ErasedFrames(0, 0)
 
 
 class Timeline:
@@ -111,20 +130,20 @@ class Timeline:
             return False
         return len(rows.slots) > 0 and await self._replace(source_id, hour, old, rows, changes)
 
-    async def erase(self, source_id: str, start: int | None = None, end: int | None = None) -> int:
-        """Erase the slots [start, end) for good and return how many frames that were; None leaves a side unbounded."""
+    async def erase(self, source_id: str, start: int | None = None, end: int | None = None) -> ErasedFrames:
+        """Erase the slots [start, end) for good; None leaves a side unbounded."""
+        erased = NOTHING_ERASED
         if start is not None and end is not None and end <= start:
-            return 0
-        erased = 0
+            return erased
         first, last = None if start is None else start // HOUR_SLOTS, None if end is None else (end - 1) // HOUR_SLOTS
         for _ in range(TRIES):
             # Hot frames first, each time: a seal in between may have brought some of them into a segment.
-            erased += await self._hot.erase(source_id, start, end)
+            hot = await self._hot.erase(source_id, start, end)
             done = [
                 await self._erase_sealed(source_id, manifest, start, end)
                 for manifest in await self._sealed.between(source_id, first, last)
             ]
-            erased += sum(frames for frames in done if frames is not None)
+            erased += ErasedFrames(hot, sum(frames for frames in done if frames is not None))
             if None not in done:
                 break
         else:
@@ -132,9 +151,9 @@ class Timeline:
         await self._remove_leftovers(source_id, first, last)
         return erased
 
-    async def expire(self, source_id: str, before: int) -> int:
-        """Erase what is older than a slot and return how many frames; a sealed hour goes as one, when all of it is."""
-        erased = await self._hot.erase(source_id, None, before)
+    async def expire(self, source_id: str, before: int) -> ErasedFrames:
+        """Erase what is older than a slot; a sealed hour goes as one, when all of it is older."""
+        erased = ErasedFrames(await self._hot.erase(source_id, None, before), 0)
         if await self._sealed.between(source_id, None, before // HOUR_SLOTS - 1):
             erased += await self.erase(source_id, None, before // HOUR_SLOTS * HOUR_SLOTS)
         return erased

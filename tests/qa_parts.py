@@ -35,6 +35,7 @@ from qa_service.api import Services, build_api
 from qa_service.clock import write_stream_time
 from qa_service.control import SourceControl
 from qa_service.coverage import RangeReader
+from qa_service.erasure import Erasure
 from qa_service.errors import UnsupportedMedia
 from qa_service.feed import Feed
 from qa_service.finder import Finder
@@ -99,6 +100,7 @@ class Parts:
     redis: StoreRedis
     sources: Sources
     timeline: Timeline
+    segments: Segments
     keyframes: Keyframes
     encoder: Encoder
     writer: FrameWriter
@@ -217,9 +219,10 @@ async def open_parts(
     async def ping() -> None:
         await redis.ping()
 
+    memory = Memory(redis, segments, keyframes)
     control = SourceControl(
         sources,
-        Memory(redis, segments, keyframes),
+        memory,
         Idempotency(redis),
         uploads=folder / "uploads",
         max_upload_bytes=api.max_upload_bytes,
@@ -231,6 +234,7 @@ async def open_parts(
     services = Services(
         control=control,
         viewer=Viewer(reader, timeline, keyframes),
+        erasure=Erasure(reader, sources, Leases(redis), memory),
         finder=Finder(reader, compressor, moments),
         questions=answerer,
         describe=describe,
@@ -244,6 +248,7 @@ async def open_parts(
         redis,
         sources,
         timeline,
+        segments,
         keyframes,
         encoder,
         writer,

@@ -172,7 +172,7 @@ async def test_erasing_takes_sealed_frames_and_their_bytes(redis, epoch, tmp_pat
         await timeline.seal("str_a", hour)
     low, high = START + 1100, START + 2 * HOUR_SLOTS + 1100
     doomed = [one for one in entries if low <= one.slot < high]
-    assert await timeline.erase("str_a", low, high) == len(doomed)
+    assert (await timeline.erase("str_a", low, high)).total == len(doomed)
     left = [one for one in entries if not low <= one.slot < high]
     assert (await timeline.slots("str_a", 0, 10**12)).tolist() == [one.slot for one in left]
     assert (await timeline.read("str_a", np.array([one.slot for one in left]))).tobytes() == b"".join(
@@ -182,7 +182,7 @@ async def test_erasing_takes_sealed_frames_and_their_bytes(redis, epoch, tmp_pat
     stored = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert all(one.tokens.tobytes() in stored for one in left if one.slot < START + 2 * HOUR_SLOTS)
     assert not any(one.tokens.tobytes() in stored for one in doomed)
-    assert await timeline.erase("str_a") == len(left)
+    assert (await timeline.erase("str_a")).total == len(left)
     assert await timeline.extent("str_a") is None
     assert list(tmp_path.iterdir()) == []
     assert await redis.keys("tl:*") == []
@@ -214,7 +214,7 @@ async def test_an_hour_that_changes_while_it_is_sealed_stays_as_it_is(redis, epo
             case "the same frame":
                 await remember(timeline, epoch, [START + 6], mark=1)
             case "an erasure":
-                assert await timeline.erase("str_a", START + 6, START + 7) == 1
+                assert (await timeline.erase("str_a", START + 6, START + 7)).total == 1
             case "another seal":
                 assert await Timeline(redis, FORMAT, Segments(segments_root)).seal("str_a", FIRST)
 
@@ -244,7 +244,7 @@ async def test_an_erasure_that_meets_a_seal_erases_all_the_same(redis, epoch, se
         await remember(timeline, epoch, [START + 50], mark=1)
 
     segments.meddle = meddle
-    assert await timeline.erase("str_a", START + 10, START + 90) >= 80
+    assert (await timeline.erase("str_a", START + 10, START + 90)).total >= 80
     assert len(await timeline.slots("str_a", START + 10, START + 90)) == 0
     assert await timeline.count("str_a") == 20
 
@@ -254,7 +254,7 @@ async def test_what_a_crash_left_of_a_seal_is_never_read_and_goes_with_the_next_
     await segments.write("str_a", FORMAT, FIRST, 1, await timeline._hour("str_a", FIRST))  # and then a crash
     assert await timeline.seal("str_a", FIRST)
     assert len(await segments.files("str_a", FIRST, FORMAT.fingerprint)) == 2
-    assert await timeline.erase("str_a", START + 10, START + 20) == 10
+    assert (await timeline.erase("str_a", START + 10, START + 20)).total == 10
     assert len(await segments.files("str_a", FIRST, FORMAT.fingerprint)) == 1
     assert len(await timeline.slots("str_a", START, START + 100)) == 90
 

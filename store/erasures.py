@@ -1,0 +1,44 @@
+"""What was erased, told to every process that holds copies of its own."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from redis.asyncio import Redis
+
+from store.connection import StoreUnavailable
+
+logger = logging.getLogger(__name__)
+
+FOLLOW_EVERY_S = 1.0
+_LOG = "erasures"
+_KEPT = 10_000
+_BEFORE_ALL = "0-0"
+
+
+class Erasures:
+    """A log of the sources of which something was erased. Raises StoreUnavailable."""
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+
+    async def note(self, source_id: str) -> None:
+        """Tell that an erasure is done: copies that were made before must go."""
+        await self._redis.xadd(_LOG, {"source_id": source_id}, maxlen=_KEPT, approximate=True)
+
+    async def follow(self, forget: Callable[[str], Awaitable[None]], every_s: float = FOLLOW_EVERY_S) -> None:
+        """Call `forget` for every source of which something is erased from now on, until cancelled."""
+        at: str | None = None
+        while True:
+            try:
+                if at is None:
+                    newest: Any = await self._redis.xrevrange(_LOG, count=1)
+                    at = newest[0][0].decode() if newest else _BEFORE_ALL
+                rows: Any = await self._redis.xrange(_LOG, f"({at}", "+")
+                for number, fields in rows:
+                    await forget(fields[b"source_id"].decode())
+                    at = number.decode()
+            except StoreUnavailable as error:
+                logger.warning("erasures cannot be followed now: %s", error)
+            await asyncio.sleep(every_s)

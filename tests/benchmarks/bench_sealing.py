@@ -1,0 +1,124 @@
+"""What an hour costs in Redis and in a segment, and how fast both are read, beside a plain file of the same bytes.
+
+    python -m tests.benchmarks.bench_sealing [--hours 1 3 24] [--repeats 7]
+
+The frames are those of the published model: D = 4096 in 16 bits, 8,192 bytes, search vectors of 768 numbers. Read
+in turns: the whole range by `Timeline.read` while its hours are hot, then while they are sealed, and the tokens' bytes
+from one plain file into one array. All files are in the page cache; the middle of the repeats counts. Sealing is
+compared with writing a file of the tokens' bytes, syncing it and reading it back. The bytes of a frame are those of
+tokens, presence and times; `with_vectors` counts the search vectors as well, and nothing counts the keyframes.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from store.connection import EmbeddedRedis, StoreRedis, connect
+from store.format import HOUR_SLOTS
+from store.leases import Leases
+from store.segments import Segments
+from store.timeline import Timeline
+from tests.benchmarks.bench_timeline import FORMAT, SOURCE, fill
+
+Row = dict[str, object]
+
+
+def plain_write_s(content: bytes, path: Path) -> float:
+    started = time.perf_counter()
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    path.read_bytes()
+    return time.perf_counter() - started
+
+
+async def used_bytes(redis: StoreRedis) -> int:
+    return int((await redis.info("memory"))["used_memory_dataset"])
+
+
+async def measure(server: EmbeddedRedis, folder: Path, hours: int, repeats: int) -> Iterator[Row]:
+    wanted = np.arange(hours * HOUR_SLOTS)
+    plain = folder / "plain"
+    async with connect(server.url) as redis:
+        await redis.flushall()
+        timeline = Timeline(redis, FORMAT, Segments(str(folder / "segments")))
+        epoch = await Leases(redis).acquire(SOURCE, "bench", 36000)
+        assert epoch is not None
+        empty = await used_bytes(redis)
+        await fill(timeline, epoch, range(len(wanted)))
+        redis_bytes = await used_bytes(redis) - empty
+        plain.write_bytes((await timeline.read(SOURCE, wanted)).tobytes())
+
+        async def turn() -> tuple[float, float]:
+            started = time.perf_counter()
+            bare = np.fromfile(plain, np.uint8)
+            between = time.perf_counter()
+            tokens = await timeline.read(SOURCE, wanted)
+            ended = time.perf_counter()
+            assert np.array_equal(tokens.view(np.uint8).reshape(-1), bare)
+            return ended - between, between - started
+
+        hot = [await turn() for _ in range(repeats)]
+        seal_s, write_s = [], []
+        for hour in range(hours):
+            content = plain.read_bytes()[: HOUR_SLOTS * FORMAT.token_bytes]
+            write_s.append(plain_write_s(content, folder / "written"))
+            started = time.perf_counter()
+            assert await timeline.seal(SOURCE, hour)
+            seal_s.append(time.perf_counter() - started)
+        sealed = [await turn() for _ in range(repeats)]
+    disk_bytes = sum(path.stat().st_size for path in (folder / "segments").rglob("*.safetensors"))
+    rows: list[Row] = [
+        {
+            "benchmark": "timeline read against a file",
+            "case": f"{hours} h, {name}",
+            "ratio": statistics.median(ours for ours, _ in turns) / statistics.median(bare for _, bare in turns),
+            "against": "one plain file of the tokens",
+            "repeats": repeats,
+        }
+        for name, turns in (("hot", hot), ("sealed", sealed))
+    ]
+    rows.append(
+        {
+            "benchmark": "sealing",
+            "case": f"an hour, middle of {hours}",
+            "ratio": statistics.median(seal_s) / statistics.median(write_s),
+            "against": "writing, syncing and reading back the tokens alone",
+        }
+    )
+    vectors = FORMAT.vector_bytes
+    for name, total in (("Redis", redis_bytes), ("segments", disk_bytes)):
+        rows.append(
+            {
+                "benchmark": "bytes of a frame",
+                "case": f"{hours} h in {name}",
+                "ratio": (total / len(wanted) - vectors) / FORMAT.token_bytes,
+                "against": f"{FORMAT.token_bytes} bytes",
+                "with_vectors": total / len(wanted) / FORMAT.token_bytes,
+            }
+        )
+    return iter(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--hours", type=int, nargs="+", default=[1, 3, 24])
+    parser.add_argument("--repeats", type=int, default=7)
+    options = parser.parse_args()
+    for hours in options.hours:
+        with tempfile.TemporaryDirectory() as name, EmbeddedRedis.start(Path(name)) as server:
+            for row in asyncio.run(measure(server, Path(name), hours, options.repeats)):
+                print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
