@@ -395,6 +395,20 @@ class Search(Ranged):
         display.print_json(moments) if self.json_ else display.print_moments(moments)
 
 
+class Erase(Ranged):
+    """Erase what is remembered of time ranges for good, and print the receipts."""
+
+    everything: bool = Field(default=False, description="Sources that are named without times: all of their memory.")
+
+    def cli_cmd(self) -> None:
+        wanted = self.ranges(datetime.now(UTC), open_ended=self.everything)
+        if not self.everything and (unbounded := [one.source_id for one in wanted if one.start is one.end is None]):
+            raise UsageError(f"say which time of {', '.join(unbounded)} is to be erased, or --everything")
+        with self.connect() as client:
+            receipts = [client.erase(one) for one in wanted]
+        display.print_json(receipts) if self.json_ else display.print_receipts(receipts)
+
+
 class Follow(Remote):
     """Print what changes of cameras and videos, line by line, until interrupted."""
 
@@ -438,6 +452,7 @@ class Command(BaseSettings):
     videos: CliSubCommand[Videos]
     ask: CliSubCommand[Ask]
     search: CliSubCommand[Search]
+    erase: CliSubCommand[Erase]
     events: CliSubCommand[Follow]
     health: CliSubCommand[ShowHealth]
     train: CliSubCommand[Train]

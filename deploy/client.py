@@ -117,6 +117,18 @@ class Deleted(_Read):
     purged_frames: int = 0
 
 
+class Receipt(_Read):
+    """Proof of an erasure: `erased` counts what is gone, by where it was."""
+
+    id: str
+    source_id: str
+    start: str | float | None = None
+    end: str | float | None = None
+    erased: dict[str, int] = {}
+    redis_log_rewritten: bool = False
+    completed_at: str | None = None
+
+
 class Moment(_Read):
     """A stretch of a source that resembles what was searched for."""
 
@@ -441,6 +453,12 @@ class Client:
         if min_score is not None:
             body["min_score"] = min_score
         return [Moment.model_validate(one) for one in self._json("POST", "/v1/search", json=body)["data"]]
+
+    def erase(self, wanted: Range) -> Receipt:
+        """Erase what is remembered of a range for good, and return the receipt."""
+        times = {"start": wanted.start, "end": wanted.end}
+        query = {name: str(_json_time(at)) for name, at in times.items() if at is not None}
+        return Receipt.model_validate(self._json("DELETE", f"/v1/sources/{wanted.source_id}/memory", params=query))
 
     def frames_kept(self, stream_id: str, since: datetime) -> int:
         """Return how many frames of a stream are in memory from `since` to now."""

@@ -17,7 +17,19 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgres
 from rich.table import Table
 from rich.text import Text
 
-from deploy.client import Answer, Citation, Coverage, Event, Health, Moment, Stream, StreamHealth, StreamProbe, Video
+from deploy.client import (
+    Answer,
+    Citation,
+    Coverage,
+    Event,
+    Health,
+    Moment,
+    Receipt,
+    Stream,
+    StreamHealth,
+    StreamProbe,
+    Video,
+)
 from deploy.times import show_position
 
 PIPE_WIDTH = 200  # columns where nobody's terminal sets them: identifiers must not be cut
@@ -89,6 +101,22 @@ def print_moments(moments: Iterable[Moment]) -> None:
         (one.source_id, _time(one.start), _time(one.end), f"{one.score:.3f}", one.frame_url or "") for one in moments
     ]
     _print_table(("source", "from", "to", "score", "keyframe"), rows, none="nothing found")
+
+
+def print_receipts(receipts: Iterable[Receipt]) -> None:
+    """Print one line an erasure."""
+    columns = ("redis_frames", "sealed_frames", "keyframes")
+    rows = [
+        (
+            one.id,
+            one.source_id,
+            _end(one.start, "all"),
+            _end(one.end, "all"),
+            *(str(one.erased.get(name, 0)) for name in columns),
+        )
+        for one in receipts
+    ]
+    _print_table(("receipt", "source", "from", "to", "in Redis", "sealed", "keyframes"), rows, none="nothing erased")
 
 
 def print_event(event: Event) -> None:
@@ -204,6 +232,10 @@ def _state(state: str, reason: str | None) -> str:
 
 def _labels(labels: Mapping[str, str]) -> str:
     return " ".join(f"{name}={value}" for name, value in labels.items())
+
+
+def _end(at: str | float | None, unbounded: str) -> str:
+    return unbounded if at is None else _time(at)
 
 
 def _time(at: str | float) -> str:

@@ -140,6 +140,28 @@ def test_a_search_without_times_looks_through_all_of_a_stream():
     assert Search(query="van", stream=["str_1"]).ranges(NOW, open_ended=True) == (Range(source_id="str_1"),)
 
 
+@pytest.mark.parametrize("flags", [["--video", "vid_1"], ["--stream", "str_1"], []])
+def test_nothing_is_erased_without_a_time_unless_everything_is_meant(flags, capsys):
+    assert run_command(["erase", *flags]) == 2
+    assert "time" in capsys.readouterr().err or not flags
+
+
+def test_an_erasure_prints_its_receipt(capsys):
+    receipt = {
+        "id": "era_1",
+        "source_id": "vid_1",
+        "start": 5.0,
+        "end": None,
+        "erased": {"redis_frames": 1, "sealed_frames": 20, "keyframes": 21},
+        "completed_at": "2026-07-01T06:00:00Z",
+    }
+    with stranger(200, json.dumps(receipt)) as (url, asked):
+        assert run_command(["erase", "--video", "vid_1@5..", "--url", url]) == 0
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("era_1", "vid_1", "20", "21"))
+    assert asked
+
+
 def test_labels_are_pairs():
     assert parse_labels(["site=north", "note=a=b", "empty="]) == {"site": "north", "note": "a=b", "empty": ""}
     with pytest.raises(UsageError, match="NAME=VALUE"):
