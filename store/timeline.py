@@ -113,6 +113,10 @@ class Timeline:
         """Return how many frames of the source are kept."""
         return await self._hot.count(source_id)
 
+    async def sealed(self, source_id: str) -> list[Manifest]:
+        """Return the manifests of the sealed hours, in order."""
+        return await self._sealed.between(source_id)
+
     async def unsealed(self, source_id: str, before: int) -> list[int]:
         """Return the hours that end at or before a slot and have hot frames, in order."""
         return await self._hot.hours(source_id, before // HOUR_SLOTS)
