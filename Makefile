@@ -4,6 +4,7 @@
 #   make test check      the tests; format, lint, types, import contracts
 #   make corpus          2,000 damaged files through ingest, and how each of them ended (about 15 minutes)
 #   make soak            half an hour of cameras that fail at random, and a verdict
+#   make crashes         two hundred kills of the store under load, and a look for everything acknowledged (5 minutes)
 #   make bench           measurements into tests/benchmarks/RESULTS.md
 # PYTHON=python3.12 picks the interpreter. TORCH_INDEX=https://download.pytorch.org/whl/cpu takes torch's smaller CPU build.
 
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 PYTHON ?=
 TORCH_INDEX ?=
 
-.PHONY: demo run test check corpus soak bench clean
+.PHONY: demo run test check corpus soak crashes bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/service.stamp
@@ -35,6 +36,9 @@ corpus: $(VENV)/dev.stamp
 
 soak: $(VENV)/dev.stamp
 	$(BIN)/python -m tests.soak
+
+crashes: $(VENV)/dev.stamp
+	$(BIN)/python -m tests.crashes
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python -m tests.benchmarks

@@ -42,6 +42,7 @@ STEP = 20  # every slot of so many is written: many hours pass in little time, a
 BATCH = 60
 LEASE_S = 1.0
 ROLES = ("write", "seal", "erase", "read")
+ROOT = Path(__file__).parent.parent
 _PAUSE_S = 0.01
 
 
@@ -164,6 +165,12 @@ async def play(role: str, place: Place) -> None:
             await asyncio.sleep(0.05)
 
 
+def start_playing(role: str, place: Place) -> subprocess.Popen[bytes]:
+    """Let a role be played in a process of its own."""
+    command = [sys.executable, "-m", "tests.crashes", "--play", role, place.url, place.root, str(place.log)]
+    return subprocess.Popen(command, cwd=ROOT)
+
+
 @dataclass
 class Crashes:
     """One run in a folder."""
@@ -211,9 +218,7 @@ class Crashes:
 
     def _start(self, roles: tuple[str, ...]) -> None:
         for role in roles:
-            place = self.place(role)
-            command = [sys.executable, "-m", "tests.crashes", "--play", role, place.url, place.root, str(place.log)]
-            self._playing[role] = subprocess.Popen(command)
+            self._playing[role] = start_playing(role, self.place(role))
 
     def _end(self) -> None:
         for process in self._playing.values():
