@@ -69,16 +69,19 @@ class Janitor:
                 await self._leases.release(self._owner, held)
 
     async def sweep(self) -> SweepReport:
-        """Seal and erase once what is due. StoreUnavailable if it could not be finished; the next sweep goes on."""
+        """Erase and seal once what is due. StoreUnavailable if it could not be finished; the next sweep goes on.
+
+        Sealing comes last: on a disk that is full, the rest makes room for it.
+        """
         everything = await self._sources.everything()
-        sealed = frames = keyframes = 0
-        clean = set()
+        frames = keyframes = 0
+        clean, stays = set(), []
         for kept in everything:
             leaves = await self._leaves(kept)
             erased = await (self._memory.erase(kept.source.id) if leaves else self._erase_old(kept.source))
             frames, keyframes = frames + erased.frames.total, keyframes + erased.keyframes
             if not leaves:
-                sealed += await self._seal(kept.source)
+                stays.append(kept.source)
             elif erased == Erased():
                 clean.add(kept.source.id)
         # A frame may still be on its way when a source is purged: only one found empty twice is forgotten.
@@ -91,6 +94,7 @@ class Janitor:
             await self._memory.scrub()
         videos = [kept.source for kept in everything if isinstance(kept.source, Video) and not kept.purge]
         uploads = await asyncio.to_thread(self._erase_uploads, videos)
+        sealed = sum([await self._seal(source) for source in stays])
         report = SweepReport(sealed, frames, keyframes, uploads, len(forgotten))
         if report != SweepReport():
             logger.info("swept %s", report)

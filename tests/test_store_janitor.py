@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import os
 import time
 from dataclasses import dataclass
@@ -109,6 +110,27 @@ async def test_retention_takes_a_sealed_hour_when_all_of_it_is_over(store):
     assert (await store.janitor.sweep()).frames == 2
     assert sealed_hours(store, stream.id) == {hour + 1}
     assert (await store.timeline.slots(stream.id, 0, 10**12)).tolist() == slots[2:]
+
+
+async def test_a_disk_that_is_full_keeps_no_retention_from_making_room(store, monkeypatch):
+    streams = [
+        await store.sources.create_stream(NewStream(name=name, url=f"rtsp://cam/{name}", retention_hours=2))
+        for name in ("one", "two")
+    ]
+    now = int(time.time())
+    for stream in streams:
+        await store.remember(stream.id, [now - 3 * 3600, now - 5000])
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("store.files._write_whole", full)
+        with pytest.raises(StoreUnavailable, match="No space left"):
+            await store.janitor.sweep()
+    for stream in streams:
+        assert (await store.timeline.slots(stream.id, 0, 10**12)).tolist() == [now - 5000]
+    assert (await store.janitor.sweep()).sealed == 2
 
 
 async def test_a_video_is_sealed_to_its_end_once_it_is_read(store):
