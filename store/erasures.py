@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 FOLLOW_EVERY_S = 1.0
 _LOG = "erasures"
-_KEPT = 10_000
+_KEPT_S = 3600.0  # who follows looks every second
 _BEFORE_ALL = "0-0"
 
 
@@ -25,7 +26,8 @@ class Erasures:
 
     async def note(self, source_id: str) -> None:
         """Tell that an erasure is done: copies that were made before must go."""
-        await self._redis.xadd(_LOG, {"source_id": source_id}, maxlen=_KEPT, approximate=True)
+        oldest = f"{round((time.time() - _KEPT_S) * 1000)}-0"
+        await self._redis.xadd(_LOG, {"source_id": source_id}, minid=oldest, approximate=False)
 
     async def follow(self, forget: Callable[[str], Awaitable[None]], every_s: float = FOLLOW_EVERY_S) -> None:
         """Call `forget` for every source of which something is erased from now on, until cancelled."""
