@@ -42,7 +42,7 @@ class CompressorService:
         self._writer = FrameWriter(
             self._encoder,
             Timeline(redis, self._encoder.format, Segments(segments_url)),
-            Keyframes(segments_url),
+            Keyframes(redis, segments_url),
             Leases(redis),
             Gaps(redis),
             Counters(redis),

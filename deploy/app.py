@@ -241,7 +241,7 @@ class Gateway:
         self, settings: Settings, compressor: Handle, search: Handle, qa: Handle, ingest: Handle, janitor: Handle
     ) -> None:
         redis, remote, questions = _redis(settings), RemoteCompressor(compressor), RemoteQuestions(qa)
-        sources, keyframes = _sources(settings, redis), Keyframes(settings.store.segments_root)
+        sources, keyframes = _sources(settings, redis), Keyframes(redis, settings.store.segments_root)
         timeline = Timeline(redis, (await remote.facts()).format, _segments(settings))
         reader = RangeReader(timeline, sources, live_lag_s=settings.qa.live_lag_s)
         counters = Counters(redis)
@@ -285,7 +285,7 @@ class Caretaker:
 
     def __init__(self, settings: Settings) -> None:
         redis = _redis(settings)
-        memory = Memory(redis, _segments(settings), Keyframes(settings.store.segments_root))
+        memory = Memory(redis, _segments(settings), Keyframes(redis, settings.store.segments_root))
         janitor = Janitor(redis, _sources(settings, redis), memory, settings.store)
         self._task = asyncio.create_task(janitor.run())
 

@@ -13,9 +13,9 @@ from redis.asyncio import Redis
 
 from store.connection import StoreUnavailable
 from store.format import HOUR_SLOTS
+from store.hour_files import SegmentDamaged
 from store.leases import Leases
 from store.memory import Erased, Memory, has_tokens
-from store.segments import SegmentDamaged
 from store.settings import StoreSettings
 from store.sources import Kept, Source, Sources, Stream, Video
 from store.timeline import NOTHING_ERASED, Timeline
@@ -48,6 +48,7 @@ class Janitor:
         self._leases = Leases(redis)
         self._owner = f"janitor-{uuid4().hex[:12]}"
         self._steps: dict[str, int] = {}  # how far keyframes of a stream are erased, in steps
+        self._unpacked: dict[str, set[int]] = {}  # full hours by source whose keyframes are not packed yet
         self._clean: frozenset[str] = frozenset()  # sources to forget of which the last sweep found nothing more
 
     async def run(self) -> None:
@@ -89,6 +90,7 @@ class Janitor:
         for source_id in forgotten:
             await self._sources.forget(source_id)
             self._steps.pop(source_id, None)
+            self._unpacked.pop(source_id, None)
         self._clean = frozenset(clean - forgotten)
         if forgotten:
             await self._memory.scrub()
@@ -126,7 +128,7 @@ class Janitor:
         await self._sources.trim_gaps(source.id, oldest)
         keyframes = 0
         if self._steps.get(source.id) != (step := oldest // KEYFRAME_STEP_SLOTS):
-            keyframes = await self._memory.keyframes.erase(source.id, None, oldest)
+            keyframes = await self._memory.keyframes.expire(source.id, oldest)
             self._steps[source.id] = step
         return Erased(frames, keyframes)
 
@@ -134,12 +136,29 @@ class Janitor:
         """Seal the full hours of a source and return how many; one that changes meanwhile has its turn later."""
         sealed = 0
         for timeline in await self._memory.timelines(source.id):
-            for hour in await timeline.unsealed(source.id, await self._full_before(source, timeline)):
+            before = await self._full_before(source, timeline)
+            hours = await timeline.unsealed(source.id, before)
+            if source.id not in self._unpacked:  # since another janitor was here last
+                loose = await self._memory.keyframes.loose_hours(source.id)
+                self._unpacked[source.id] = {hour for hour in loose if hour < before // HOUR_SLOTS}
+            for hour in hours:
+                self._unpacked[source.id].add(hour)
                 try:
                     sealed += await timeline.seal(source.id, hour)
                 except SegmentDamaged as error:
                     logger.error("hour %d of %s stays in Redis: %s", hour, source.id, error)
+        await self._pack(source.id)
         return sealed
+
+    async def _pack(self, source_id: str) -> None:
+        """Pack the keyframes of full hours; one that changes meanwhile has its turn later."""
+        hours = self._unpacked.get(source_id, set())
+        for hour in sorted(hours):
+            try:
+                if await self._memory.keyframes.pack(source_id, hour):
+                    hours.discard(hour)
+            except SegmentDamaged as error:
+                logger.error("keyframes of hour %d of %s stay as they are: %s", hour, source_id, error)
 
     async def _full_before(self, source: Source, timeline: Timeline) -> int:
         """Return the slot before which no more frames of a source are expected."""

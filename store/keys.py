@@ -18,6 +18,25 @@ def formats_key(source_id: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class KeyframeKeys:
+    """The keys of one source's packed keyframes: the same three as those of a timeline's sealed hours."""
+
+    source_id: str
+
+    @property
+    def changes(self) -> str:
+        return f"kf:{{{self.source_id}}}:changes"
+
+    @property
+    def hours(self) -> str:
+        return f"kf:{{{self.source_id}}}:hours"
+
+    @property
+    def sealed(self) -> str:
+        return f"kf:{{{self.source_id}}}:packs"
+
+
+@dataclass(frozen=True, slots=True)
 class TimelineKeys:
     """The keys of one source's tokens of one model."""
 

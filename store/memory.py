@@ -45,9 +45,9 @@ class Memory:
         frames = NOTHING_ERASED
         for timeline in await self.timelines(source_id):
             frames += await timeline.erase(source_id, start, end)
+        keyframes = await self.keyframes.erase(source_id, start, end)
         if start is None and end is None:
             await self._segments.remove_source(source_id)  # with what models left of whom nothing else is known
-        keyframes = await self.keyframes.erase(source_id, start, end)
         await self._erasures.note(source_id)
         return Erased(frames, keyframes)
 

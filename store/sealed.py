@@ -1,71 +1,93 @@
-"""Which hours of a timeline are sealed: their manifests in Redis, changed only together with the hot blocks."""
+"""Which hours are sealed: their manifests in Redis, which change only if the hour has not changed meanwhile."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
+from pydantic import BaseModel
 from redis.asyncio import Redis
 
 from store.format import BLOCKS_PER_HOUR, TokenFormat
-from store.keys import NEW_MARK, TimelineKeys, formats_key
+from store.keys import NEW_MARK, KeyframeKeys, TimelineKeys, formats_key
+from store.packs import Pack
 from store.segments import Manifest
 
 _HOURS_PER_COMMAND = 1000
 
-# KEYS: blocks, changes, sealed hours, manifests, frame counter, formats, then t, p, m, v of every block of the hour.
-# ARGV: hour, changes it had, manifest it had, manifest it gets, fingerprint, format as JSON, frames that are gone,
-#       then the numbers of the blocks.
+# KEYS: changes, sealed hours, manifests.
+# ARGV: hour, changes it had, manifest it had, manifest it gets.
 # Nothing happens, and 0 is returned, if the hour has changed since the caller read it.
 _REPLACE = """
 local hour = ARGV[1]
-if (redis.call('HGET', KEYS[2], hour) or '') ~= ARGV[2] then return 0 end
-if (redis.call('HGET', KEYS[4], hour) or '') ~= ARGV[3] then return 0 end
+if (redis.call('HGET', KEYS[1], hour) or '') ~= ARGV[2] then return 0 end
+if (redis.call('HGET', KEYS[3], hour) or '') ~= ARGV[3] then return 0 end
+redis.call('HDEL', KEYS[1], hour)
+if ARGV[4] == '' then
+  redis.call('HDEL', KEYS[3], hour)
+  redis.call('ZREM', KEYS[2], hour)
+else
+  redis.call('HSET', KEYS[3], hour, ARGV[4])
+  redis.call('ZADD', KEYS[2], hour, hour)
+end
+"""
+
+# More KEYS: blocks, frame counter, formats, then t, p, m, v of every block of the hour.
+# More ARGV: fingerprint, format as JSON, frames that are gone, then the numbers of the blocks.
+_REPLACE_BLOCKS = f"""{_REPLACE}
 for i = 8, #ARGV do
   local at = 7 + 4 * (i - 8)
   redis.call('UNLINK', KEYS[at], KEYS[at + 1], KEYS[at + 2], KEYS[at + 3])
-  redis.call('ZREM', KEYS[1], ARGV[i])
+  redis.call('ZREM', KEYS[4], ARGV[i])
 end
-redis.call('HDEL', KEYS[2], hour)
-if ARGV[4] == '' then
-  redis.call('HDEL', KEYS[4], hour)
-  redis.call('ZREM', KEYS[3], hour)
-else
-  redis.call('HSET', KEYS[4], hour, ARGV[4])
-  redis.call('ZADD', KEYS[3], hour, hour)
-  redis.call('HSETNX', KEYS[6], ARGV[5], ARGV[6])
-end
+if ARGV[4] ~= '' then redis.call('HSETNX', KEYS[6], ARGV[5], ARGV[6]) end
 if tonumber(ARGV[7]) > 0 then redis.call('DECRBY', KEYS[5], ARGV[7]) end
-if redis.call('ZCARD', KEYS[1]) == 0 and redis.call('ZCARD', KEYS[3]) == 0 then
-  redis.call('DEL', KEYS[2], KEYS[5])
+if redis.call('ZCARD', KEYS[4]) == 0 and redis.call('ZCARD', KEYS[2]) == 0 then
+  redis.call('DEL', KEYS[1], KEYS[5])
   redis.call('HDEL', KEYS[6], ARGV[5])
 end
 return 1
 """
-
 
 _TOUCH = f"""{NEW_MARK}
 redis.call('HSET', KEYS[1], ARGV[1], mark)
 """
 
 
-class SealedHours:
-    """The manifests of all sources' sealed hours for tokens of one format. Raises StoreUnavailable."""
+class _Keys(Protocol):
+    @property
+    def changes(self) -> str: ...
+    @property
+    def hours(self) -> str: ...
+    @property
+    def sealed(self) -> str: ...
 
-    def __init__(self, redis: Redis, format: TokenFormat) -> None:
+
+M = TypeVar("M", bound=BaseModel)
+K = TypeVar("K", bound=_Keys)
+
+
+class _Hours(ABC, Generic[M, K]):
+    """The manifests of all sources' sealed hours. Raises StoreUnavailable."""
+
+    def __init__(self, redis: Redis, manifest: type[M]) -> None:
         self._redis = redis
-        self._format = format
-        self._replace = redis.register_script(_REPLACE)
+        self._manifest = manifest
         self._touch = redis.register_script(_TOUCH)
 
-    async def between(self, source_id: str, start: int | None = None, end: int | None = None) -> list[Manifest]:
+    @abstractmethod
+    def keys(self, source_id: str) -> K:
+        """Return the names of a source's keys."""
+
+    async def between(self, source_id: str, start: int | None = None, end: int | None = None) -> list[M]:
         """Return the manifests of the sealed hours start to end, both included, in order; None leaves a side open."""
-        keys = self._keys(source_id)
+        keys = self.keys(source_id)
         low, high = ("-inf" if start is None else start), ("+inf" if end is None else end)
         hours: list[Any] = await self._redis.zrangebyscore(keys.hours, low, high)
         return await self._manifests(keys, [int(hour) for hour in hours])
 
-    async def ends(self, source_id: str) -> tuple[Manifest, Manifest] | None:
+    async def ends(self, source_id: str) -> tuple[M, M] | None:
         """Return the manifests of the first and the last sealed hour, None if there is none."""
-        keys = self._keys(source_id)
+        keys = self.keys(source_id)
         while True:
             async with self._redis.pipeline() as pipe:
                 pipe.zrange(keys.hours, 0, 0)
@@ -78,13 +100,33 @@ class SealedHours:
                 return found[0], found[1]
 
     async def changes(self, source_id: str, hour: int) -> str:
-        """Return a mark that differs after every change of the hour's hot blocks."""
-        mark: Any = await self._redis.hget(self._keys(source_id).changes, str(hour))
+        """Return a mark that differs after every change of what of the hour is not sealed yet."""
+        mark: Any = await self._redis.hget(self.keys(source_id).changes, str(hour))
         return "" if mark is None else mark.decode()
 
     async def touch(self, source_id: str, hour: int) -> None:
         """Let every `replace` fail that has begun before now."""
-        await self._touch([self._keys(source_id).changes], [hour])
+        await self._touch([self.keys(source_id).changes], [hour])
+
+    async def _manifests(self, keys: K, hours: Sequence[int]) -> list[M]:
+        found = []
+        for start in range(0, len(hours), _HOURS_PER_COMMAND):
+            some = hours[start : start + _HOURS_PER_COMMAND]
+            texts = await self._redis.hmget(keys.sealed, [str(hour) for hour in some])
+            found += [self._manifest.model_validate_json(text) for text in texts if text is not None]
+        return found
+
+
+class SealedHours(_Hours[Manifest, TimelineKeys]):
+    """The segments that stand for hours, for tokens of one format."""
+
+    def __init__(self, redis: Redis, format: TokenFormat) -> None:
+        super().__init__(redis, Manifest)
+        self._format = format
+        self._replace = redis.register_script(_REPLACE_BLOCKS)
+
+    def keys(self, source_id: str) -> TimelineKeys:
+        return TimelineKeys(source_id, self._format.fingerprint)
 
     async def replace(
         self, source_id: str, hour: int, old: Manifest | None, new: Manifest | None, *, changes: str, gone: int = 0
@@ -93,20 +135,34 @@ class SealedHours:
 
         False, and nothing is changed, if the hour is not any more as it was when `old` and `changes` were read.
         """
-        keys = self._keys(source_id)
+        keys, format = self.keys(source_id), self._format
         blocks = list(range(hour * BLOCKS_PER_HOUR, (hour + 1) * BLOCKS_PER_HOUR))
-        named = [keys.blocks, keys.changes, keys.hours, keys.sealed, keys.frames, formats_key(source_id)]
-        texts = ["" if manifest is None else manifest.model_dump_json() for manifest in (old, new)]
-        about: list[str | int] = [hour, changes, *texts, self._format.fingerprint, self._format.model_dump_json(), gone]
-        return bool(await self._replace([*named, *keys.of_blocks(blocks)], [*about, *blocks]))
+        named = [keys.changes, keys.hours, keys.sealed, keys.blocks, keys.frames, formats_key(source_id)]
+        about: list[str | int] = [hour, changes, _text(old), _text(new), format.fingerprint, format.model_dump_json()]
+        return bool(await self._replace([*named, *keys.of_blocks(blocks)], [*about, gone, *blocks]))
 
-    async def _manifests(self, keys: TimelineKeys, hours: Sequence[int]) -> list[Manifest]:
-        found = []
-        for start in range(0, len(hours), _HOURS_PER_COMMAND):
-            some = hours[start : start + _HOURS_PER_COMMAND]
-            texts = await self._redis.hmget(keys.sealed, [str(hour) for hour in some])
-            found += [Manifest.model_validate_json(text) for text in texts if text is not None]
-        return found
 
-    def _keys(self, source_id: str) -> TimelineKeys:
-        return TimelineKeys(source_id, self._format.fingerprint)
+class PackedHours(_Hours[Pack, KeyframeKeys]):
+    """The packs that stand for the keyframes of hours."""
+
+    def __init__(self, redis: Redis) -> None:
+        super().__init__(redis, Pack)
+        self._replace = redis.register_script(f"{_REPLACE}\nreturn 1")
+
+    def keys(self, source_id: str) -> KeyframeKeys:
+        return KeyframeKeys(source_id)
+
+    async def replace(self, source_id: str, hour: int, old: Pack | None, new: Pack | None, *, changes: str) -> bool:
+        """Let `new` stand for the hour instead of `old`; False, and nothing is changed, if the hour has changed."""
+        keys = self.keys(source_id)
+        named = [keys.changes, keys.hours, keys.sealed]
+        return bool(await self._replace(named, [hour, changes, _text(old), _text(new)]))
+
+    async def drop(self, source_id: str) -> None:
+        """Forget all hours of a source; whoever packs one of them just now fails."""
+        keys = self.keys(source_id)
+        await self._redis.delete(keys.hours, keys.sealed, keys.changes)
+
+
+def _text(manifest: BaseModel | None) -> str:
+    return "" if manifest is None else manifest.model_dump_json()

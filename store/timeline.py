@@ -16,8 +16,9 @@ from redis.asyncio import Redis
 from store.connection import StoreUnavailable
 from store.format import HOUR_SLOTS, TIME_DTYPE, VECTOR_DTYPE, TokenFormat
 from store.hot import Entry, FrameNotKept, HotTimeline
+from store.hour_files import SegmentGone
 from store.sealed import SealedHours
-from store.segments import Hour, Manifest, Part, SegmentGone, Segments
+from store.segments import Hour, Manifest, Part, Segments
 
 TRIES = 20  # of a read that meets seals and erasures again and again
 _HOT_PARTS: Mapping[Part, str] = {"tokens": "t", "vectors": "v", "times": "m"}
@@ -212,6 +213,8 @@ class Timeline:
             if (first is not None and hour < first) or (last is not None and hour > last):
                 continue
             files = await self._segments.files(source_id, hour, self.format.fingerprint)
+            if not files:
+                continue
             await self._sealed.touch(source_id, hour)  # from now on, who wrote one of them cannot make it count
             counts = {manifest.file for manifest in await self._sealed.between(source_id, hour, hour)}
             await self._segments.remove(source_id, hour, *(file for file in files if file not in counts))

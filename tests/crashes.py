@@ -3,7 +3,7 @@
     python -m tests.crashes [--rounds 200] [--seed 1]
 
 A writer appends frames, a sealer moves full hours into segments, an eraser erases ranges and a reader reads, each in a
-process of its own. Every round kills one of them, or Redis, or all at once, with SIGKILL after a random while, and
+process of its own. Every round kills one of them, or Redis, or all at once, with SIGKILL at a random moment, and
 starts it again. The writer writes down what was acknowledged, the eraser what it was told to erase and what was
 acknowledged. Ends with 0 if every acknowledged frame is read back bit for bit unless its erasure had begun, no erased
 frame is found, presence claims nothing that cannot be read, and every segment that counts is whole.
@@ -41,6 +41,7 @@ SOURCE = "str_crash"
 STEP = 20  # every slot of so many is written: many hours pass in little time, and their blocks have holes
 BATCH = 60
 LEASE_S = 1.0
+GETS_ON_WITHIN_S = 60.0
 ROLES = ("write", "seal", "erase", "read")
 ROOT = Path(__file__).parent.parent
 _PAUSE_S = 0.01
@@ -70,7 +71,7 @@ class Place:
         return Timeline(redis, FORMAT, Segments(self.root))
 
     def memory(self, redis: StoreRedis) -> Memory:
-        return Memory(redis, Segments(self.root), Keyframes(self.root))
+        return Memory(redis, Segments(self.root), Keyframes(redis, self.root))
 
     def note(self, *facts: object) -> None:
         """Write a line that a kill of this process leaves whole."""
@@ -85,7 +86,7 @@ class Place:
 
 async def write(place: Place, redis: StoreRedis) -> None:
     """Append frames behind the last acknowledged one, as their owner."""
-    timeline, keyframes, leases = place.timeline(redis), Keyframes(place.root), Leases(redis)
+    timeline, keyframes, leases = place.timeline(redis), Keyframes(redis, place.root), Leases(redis)
     noted = [int(str(last)) for _, last in place.notes()]
     slot = max(noted, default=-STEP) + STEP
     epoch: int | None = None
@@ -109,11 +110,13 @@ async def write(place: Place, redis: StoreRedis) -> None:
 
 async def seal(place: Place, redis: StoreRedis) -> None:
     """Seal every hour again and again, also the one that is still written: so seals and writes meet often."""
-    timeline = place.timeline(redis)
+    timeline, keyframes = place.timeline(redis), Keyframes(redis, place.root)
     while True:
         extent = await timeline.extent(SOURCE)
         for hour in await timeline.unsealed(SOURCE, 0 if extent is None else extent[1] + HOUR_SLOTS):
             await timeline.seal(SOURCE, hour)
+        for hour in await keyframes.loose_hours(SOURCE):
+            await keyframes.pack(SOURCE, hour)
         await asyncio.sleep(_PAUSE_S)
 
 
@@ -178,6 +181,7 @@ class Crashes:
     folder: Path
     seed: int
     kills: dict[str, int] = field(default_factory=dict)
+    acknowledged: int = 0
     told: str = ""
 
     def __post_init__(self) -> None:
@@ -195,7 +199,9 @@ class Crashes:
             stack.callback(self._end)
             self._start(ROLES)
             for number in range(rounds):
-                time.sleep(self._chance.uniform(0.02, 1.0))
+                if not self._gets_on():
+                    return [f"nothing is acknowledged any more in round {number}"]
+                time.sleep(self._chance.uniform(0.0, 0.5))
                 died = [role for role, process in self._playing.items() if process.poll() is not None]
                 if died:
                     return [f"{role} ended by itself in round {number}" for role in died]
@@ -203,6 +209,16 @@ class Crashes:
             time.sleep(1.0)
             self._end()
             return asyncio.run(self._verdict())
+
+    def _gets_on(self) -> bool:
+        """Wait for the next acknowledgement: on a busy machine processes would die before they have done anything."""
+        log, deadline = self.place("write").log, time.monotonic() + GETS_ON_WITHIN_S
+        known = log.stat().st_size if log.exists() else 0
+        while not log.exists() or log.stat().st_size == known:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_PAUSE_S)
+        return True
 
     def _kill(self, whom: str) -> None:
         self.kills[whom] = self.kills.get(whom, 0) + 1
@@ -232,7 +248,7 @@ class Crashes:
         erased = {slot for start, end in self._ranges("erase", "done") for slot in range(start, end)}
         place, wrong = self.place("read"), [f"the reader found {note}" for note in self.place("read").notes()]
         async with connect(self._url) as redis:
-            timeline, keyframes = place.timeline(redis), Keyframes(place.root)
+            timeline, keyframes = place.timeline(redis), Keyframes(redis, place.root)
             present = (await timeline.slots(SOURCE, 0, 10**12)).tolist()
             if lost := sorted(acknowledged - begun - set(present)):
                 wrong.append(f"{len(lost)} acknowledged frames are lost, the first is {lost[0]}")
@@ -258,6 +274,7 @@ class Crashes:
                 _, found = await segments.check(SOURCE, manifest.hour, manifest.file)
                 if found != manifest:
                     wrong.append(f"hour {manifest.hour} is not what its manifest says")
+        self.acknowledged = len(acknowledged)
         self.told = (
             f"{len(acknowledged)} frames acknowledged, {len(begun & acknowledged)} erased, {len(sealed)} hours sealed"
         )

@@ -174,7 +174,7 @@ async def open_parts(
     encoder = load_encoder(checkpoint, dtype)
     segments = Segments(str(folder / "segments"))
     timeline = Timeline(redis, encoder.format, segments)
-    keyframes = Keyframes(str(folder / "segments"))
+    keyframes = Keyframes(redis, str(folder / "segments"))
     sources = Sources(redis, Cipher.open(None, folder))
     writer = FrameWriter(encoder, timeline, keyframes, Leases(redis), Gaps(redis), Counters(redis), frames_per_pass=8)
     compressor = Compressor(writer)

@@ -46,8 +46,8 @@ def timeline(redis, encoder):
 
 
 @pytest.fixture
-def keyframes(tmp_path):
-    return Keyframes(str(tmp_path / "segments"))
+def keyframes(redis, tmp_path):
+    return Keyframes(redis, str(tmp_path / "segments"))
 
 
 @pytest.fixture

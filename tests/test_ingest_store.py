@@ -77,7 +77,7 @@ class Place:
         self.store = StoreSettings(data_dir=self.folder)
         self.sources = Sources(self.redis, CIPHER)
         self.timeline = Timeline(self.redis, self.encoder.format, SEGMENTS)
-        self.keyframes = Keyframes(self.store.segments_root)
+        self.keyframes = Keyframes(self.redis, self.store.segments_root)
         self.store.uploads_dir.mkdir(parents=True, exist_ok=True)
 
     @asynccontextmanager

@@ -57,7 +57,7 @@ class Store:
 def store(redis: StoreRedis, tmp_path: Path) -> Store:
     settings = StoreSettings(data_dir=tmp_path, janitor_interval_s=0.01, upload_grace_s=100, seal_settle_s=900)
     sources = Sources(redis, Cipher(SecretStr(Fernet.generate_key().decode())))
-    keyframes = Keyframes(settings.segments_root)
+    keyframes = Keyframes(redis, settings.segments_root)
     segments = Segments(settings.segments_root)
     janitor = Janitor(redis, sources, Memory(redis, segments, keyframes), settings)
     return Store(sources, Timeline(redis, FORMAT, segments), keyframes, Leases(redis), settings, janitor)

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from store.cipher import Cipher, WrongKey
-from store.connection import StoreUnavailable
+from store.connection import StoreRedis, StoreUnavailable
 from store.hot import FrameNotKept
 from store.keyframes import Keyframes
 
@@ -13,8 +13,8 @@ NOON = 1_800_000_000
 
 
 @pytest.fixture
-def keyframes(segments_root: str) -> Keyframes:
-    return Keyframes(segments_root)
+def keyframes(redis: StoreRedis, segments_root: str) -> Keyframes:
+    return Keyframes(redis, segments_root)
 
 
 async def test_a_keyframe_comes_back_byte_for_byte(keyframes):
@@ -66,8 +66,8 @@ async def test_erasing_takes_the_range_and_nothing_else(keyframes):
     assert await keyframes.get("str_b", 1) == b"b"
 
 
-async def test_erased_sources_leave_no_folder(tmp_path):
-    keyframes = Keyframes(str(tmp_path))
+async def test_erased_sources_leave_no_folder(redis, tmp_path):
+    keyframes = Keyframes(redis, str(tmp_path))
     await keyframes.put_many({("str_a", slot): b"x" for slot in (1, 2, 4000)})
     (tmp_path / "str_a/keyframes/0/.2.jpg.dead.tmp").write_bytes(b"left by a crash")
     assert await keyframes.erase("str_a", 4000, 4001) == 1
@@ -76,16 +76,16 @@ async def test_erased_sources_leave_no_folder(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-async def test_writing_leaves_only_whole_files(tmp_path):
-    keyframes = Keyframes(str(tmp_path))
+async def test_writing_leaves_only_whole_files(redis, tmp_path):
+    keyframes = Keyframes(redis, str(tmp_path))
     await asyncio.gather(*(keyframes.put("str_a", 7, bytes([mark]) * 100_000) for mark in range(20)))
     jpeg = await keyframes.get("str_a", 7)
     assert jpeg == jpeg[:1] * 100_000
     assert [path.name for path in (tmp_path / "str_a/keyframes/0").iterdir()] == ["7.jpg"]
 
 
-async def test_writing_and_erasing_at_once_loses_no_later_write(tmp_path):
-    keyframes = Keyframes(str(tmp_path))
+async def test_writing_and_erasing_at_once_loses_no_later_write(redis, tmp_path):
+    keyframes = Keyframes(redis, str(tmp_path))
 
     async def erase() -> None:
         for _ in range(50):
@@ -99,9 +99,9 @@ async def test_writing_and_erasing_at_once_loses_no_later_write(tmp_path):
     assert await keyframes.get_many("str_a", list(range(100, 200))) == [b"x"] * 100
 
 
-async def test_an_unusable_root_is_reported_without_its_path(tmp_path):
+async def test_an_unusable_root_is_reported_without_its_path(redis, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    keyframes = Keyframes(str(tmp_path / "file" / "segments"))
+    keyframes = Keyframes(redis, str(tmp_path / "file" / "segments"))
     assert not await keyframes.writable()
     with pytest.raises(StoreUnavailable, match="TOKENLINE_STORE__SEGMENTS_URL") as caught:
         await keyframes.put("str_a", 1, b"x")

@@ -14,8 +14,9 @@ from store.connection import StoreRedis, StoreUnavailable, connect
 from store.files import Files
 from store.format import HOUR_SLOTS
 from store.hot import Entry, FrameNotKept
+from store.hour_files import SegmentDamaged
 from store.leases import Leases
-from store.segments import SegmentDamaged, Segments
+from store.segments import Segments
 from store.timeline import Timeline
 from tests.test_store_timeline import FORMAT, entry
 

@@ -218,7 +218,7 @@ async def test_models_never_mix_but_are_erased_together(timeline, redis, epoch):
     await other.append("str_a", epoch, [entry(2, format=other.format), entry(3, format=other.format)])
     assert (await timeline.slots("str_a", 0, 9)).tolist() == [1, 2]
     assert (await other.slots("str_a", 0, 9)).tolist() == [2, 3]
-    memory = Memory(redis, SEGMENTS, Keyframes("memory://keyframes"))
+    memory = Memory(redis, SEGMENTS, Keyframes(redis, "memory://keyframes"))
     assert (await memory.erase("str_a", 2, 3)).frames.total == 2
     assert (await memory.erase("str_a")).frames.total == 2
     assert not await has_tokens(redis, "str_a")

@@ -1,0 +1,155 @@
+"""Immutable files, each of one source-hour: safetensors that say what they are and carry a checksum.
+
+What a name does not tell stands in the file's metadata: a listing is enough to know everything again.
+"""
+
+import asyncio
+import hashlib
+import json
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import safetensors
+from numpy.typing import NDArray
+
+from store.files import Files
+
+_SUFFIX = ".safetensors"
+_LENGTH = struct.Struct("<Q")
+
+
+class SegmentGone(LookupError):
+    """A file is not there: another one took its place, or the hour was erased."""
+
+
+class SegmentDamaged(RuntimeError):
+    """A file is not what its name says, or not as it was written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parsed:
+    """A whole file taken apart: what it says of itself, and where its tensors begin in it."""
+
+    metadata: Mapping[str, str]
+    offsets: Mapping[str, int]
+    tensors: Mapping[str, bytes]
+    size: int
+
+
+class HourFiles:
+    """Files at `<root>/<source>/hours/<hour>/<label>-<generation>-<random>.safetensors`; no name is used twice.
+
+    Raises StoreUnavailable when the folder or the object store cannot be read or written.
+    """
+
+    def __init__(self, root_url: str) -> None:
+        self._files = Files(root_url)
+
+    async def remove(self, source_id: str, hour: int, *files: str) -> None:
+        """Remove files of an hour, those that are there."""
+        folder = self._hour(source_id, hour)
+        await asyncio.to_thread(self._files.remove, [f"{folder}/{file}" for file in files])
+        await asyncio.to_thread(self._files.remove_if_empty, [folder, self._files.folder(source_id, "hours")])
+
+    async def remove_source(self, source_id: str) -> None:
+        """Remove all files of a source."""
+        folder = self._files.folder(source_id, "hours")
+        await asyncio.to_thread(self._files.remove, [folder], recursive=True)
+        await asyncio.to_thread(self._files.remove_if_empty, [folder])
+
+    async def files(self, source_id: str, hour: int, label: str) -> list[str]:
+        """Return the names of the files of an hour with a label, that of the highest generation last."""
+        names = await asyncio.to_thread(self._files.names, self._hour(source_id, hour))
+        return sorted(name for name in names if name.startswith(f"{label}-") and name.endswith(_SUFFIX))
+
+    async def hours(self, source_id: str) -> list[int]:
+        """Return the hours that have files."""
+        names = await asyncio.to_thread(self._files.names, self._files.folder(source_id, "hours"))
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def _hour(self, source_id: str, hour: int) -> str:
+        return f"{self._files.folder(source_id, 'hours')}/{hour}"
+
+    def _write_checked(
+        self,
+        source_id: str,
+        hour: int,
+        label: str,
+        generation: int,
+        tensors: Mapping[str, tuple[str, NDArray[Any]]],
+        facts: Mapping[str, str],
+    ) -> tuple[str, Parsed]:
+        """Write a file, wait until it is on disk, read it back and check it; return its name. Raises SegmentDamaged."""
+        metadata = {"source_id": source_id, "hour": str(hour), "generation": str(generation), **facts}
+        file = f"{label}-{generation:06d}-{uuid4().hex[:12]}{_SUFFIX}"
+        content, checksum = _serialized(tensors, metadata)
+        path = f"{self._hour(source_id, hour)}/{file}"
+        self._files.write({path: content}, synced=True)
+        try:
+            parsed = self._read_whole(source_id, hour, file)
+            if parsed.metadata["checksum"] != checksum:
+                raise SegmentDamaged(f"{file} is not what was written")
+            return file, parsed
+        except SegmentDamaged:
+            self._files.remove([path])
+            raise
+
+    def _read_whole(self, source_id: str, hour: int, file: str) -> Parsed:
+        """Read and check a file. Raises SegmentGone and SegmentDamaged."""
+        [content] = self._files.read([f"{self._hour(source_id, hour)}/{file}"])
+        if content is None:
+            raise SegmentGone(file)
+        parsed = _parsed(content, file)
+        stated = parsed.metadata.get("source_id"), parsed.metadata.get("hour")
+        if stated != (source_id, str(hour)):
+            raise SegmentDamaged(f"{file} says it is hour {stated[1]} of {stated[0]}")
+        return parsed
+
+    def _read_ranges(self, source_id: str, hour: int, file: str, ranges: Sequence[tuple[int, memoryview]]) -> None:
+        """Fill each target from an offset of a file on. Raises SegmentGone and SegmentDamaged."""
+        try:
+            self._files.read_ranges(f"{self._hour(source_id, hour)}/{file}", ranges)
+        except FileNotFoundError:
+            raise SegmentGone(file) from None
+        except EOFError:
+            raise SegmentDamaged(f"{file} is cut off") from None
+
+
+def _serialized(tensors: Mapping[str, tuple[str, NDArray[Any]]], metadata: Mapping[str, str]) -> tuple[bytes, str]:
+    """Return the content of a file and its checksum."""
+    arrays = {name: (dtype, np.ascontiguousarray(array)) for name, (dtype, array) in tensors.items()}
+    checksum = _checksum(arrays[name][1].tobytes() for name in sorted(arrays))
+    specs: dict[str, safetensors.TensorSpec] = {
+        name: safetensors.TensorSpec(
+            dtype=dtype, shape=list(array.shape), data_ptr=array.ctypes.data, data_len=array.nbytes
+        )
+        for name, (dtype, array) in arrays.items()
+    }
+    return safetensors.serialize(specs, {**metadata, "checksum": checksum}), checksum
+
+
+def _parsed(content: bytes, file: str) -> Parsed:
+    try:
+        (size,) = _LENGTH.unpack_from(content)
+        header = json.loads(content[_LENGTH.size : _LENGTH.size + size])
+        metadata = header.pop("__metadata__")
+        data_at = _LENGTH.size + size
+        places = {name: [data_at + offset for offset in about["data_offsets"]] for name, about in header.items()}
+        tensors = {name: content[start:end] for name, (start, end) in places.items()}
+        checksum = metadata["checksum"]
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SegmentDamaged(f"{file} is no segment: {type(error).__name__}") from None
+    if _checksum(tensors[name] for name in sorted(tensors)) != checksum:
+        raise SegmentDamaged(f"{file} is not as it was written: its checksum differs")
+    return Parsed(metadata, {name: start for name, (start, _) in places.items()}, tensors, len(content))
+
+
+def _checksum(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()

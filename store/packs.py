@@ -1,0 +1,116 @@
+"""Packs: the keyframes of one source-hour in a file, so that an hour is not 3,600 of them.
+
+`jpegs` are the pictures one behind the other, `ends` (n,) int64 where each of them ends, and `slots` (n,) int32 those
+of the hour that have one, ascending.
+"""
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from store.format import HOUR_SLOTS
+from store.hour_files import HourFiles, Parsed, SegmentDamaged
+
+LABEL = "keyframes"
+_KNOWN_PACKS = 256  # whose index of some 40 KB is held
+_SLOT_DTYPE, _END_DTYPE = np.dtype("<i4"), np.dtype("<i8")
+
+
+class Pack(BaseModel):
+    """What is known of the packed keyframes of an hour without opening the file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    hour: int
+    generation: int
+    file: str
+    frames: int
+    size: int
+    checksum: str
+    offsets: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Index:
+    """Where the pictures of ascending `slots` (n,) lie: the i-th in [bounds[i], bounds[i + 1])."""
+
+    slots: NDArray[np.int64]
+    bounds: NDArray[np.int64]
+
+
+class Packs(HourFiles):
+    """The packs of all sources."""
+
+    def __init__(self, root_url: str) -> None:
+        super().__init__(root_url)
+        self._known: OrderedDict[str, _Index] = OrderedDict()
+        self._lock = Lock()
+
+    async def write(self, source_id: str, hour: int, generation: int, jpegs: Mapping[int, bytes]) -> Pack:
+        """Write keyframes by slot, wait until they are on disk, read them back and check them. SegmentDamaged."""
+        return await asyncio.to_thread(self._write, source_id, hour, generation, jpegs)
+
+    async def read(self, source_id: str, pack: Pack, slots: Sequence[int]) -> dict[int, bytes]:
+        """Return those of the keyframes that the pack has. Raises SegmentGone and SegmentDamaged."""
+        return await asyncio.to_thread(self._read, source_id, pack, slots)
+
+    async def slots(self, source_id: str, pack: Pack) -> NDArray[np.int64]:
+        """Return the slots (n,) of the source that the pack has, ascending. Raises SegmentGone and SegmentDamaged."""
+        return (await asyncio.to_thread(self._index, source_id, pack)).slots
+
+    def _write(self, source_id: str, hour: int, generation: int, jpegs: Mapping[int, bytes]) -> Pack:
+        slots = sorted(jpegs)
+        tensors: dict[str, tuple[str, NDArray[Any]]] = {
+            "jpegs": ("uint8", np.frombuffer(b"".join(jpegs[slot] for slot in slots), np.uint8)),
+            "ends": ("int64", np.cumsum([len(jpegs[slot]) for slot in slots], dtype=_END_DTYPE)),
+            "slots": ("int32", (np.array(slots, np.int64) - hour * HOUR_SLOTS).astype(_SLOT_DTYPE)),
+        }
+        return _described(*self._write_checked(source_id, hour, LABEL, generation, tensors, {}))
+
+    def _read(self, source_id: str, pack: Pack, slots: Sequence[int]) -> dict[int, bytes]:
+        index = self._index(source_id, pack)
+        wanted = np.unique(np.array(slots, np.int64))
+        rows = np.flatnonzero(np.isin(index.slots, wanted))
+        targets = [bytearray(int(index.bounds[row + 1] - index.bounds[row])) for row in rows]
+        starts = [pack.offsets["jpegs"] + int(index.bounds[row]) for row in rows]
+        ranges = [(start, memoryview(target)) for start, target in zip(starts, targets, strict=True)]
+        self._read_ranges(source_id, pack.hour, pack.file, ranges)
+        return {int(index.slots[row]): bytes(target) for row, target in zip(rows, targets, strict=True)}
+
+    def _index(self, source_id: str, pack: Pack) -> _Index:
+        with self._lock:
+            if (known := self._known.get(pack.file)) is not None:
+                self._known.move_to_end(pack.file)
+                return known
+        ends, slots = np.empty(pack.frames, _END_DTYPE), np.empty(pack.frames, _SLOT_DTYPE)
+        ranges = [(pack.offsets["ends"], ends.data.cast("B")), (pack.offsets["slots"], slots.data.cast("B"))]
+        self._read_ranges(source_id, pack.hour, pack.file, ranges)
+        index = _Index(slots.astype(np.int64) + pack.hour * HOUR_SLOTS, np.concatenate(([0], ends)).astype(np.int64))
+        with self._lock:
+            self._known[pack.file] = index
+            while len(self._known) > _KNOWN_PACKS:
+                self._known.popitem(last=False)
+        return index
+
+
+def _described(file: str, parsed: Parsed) -> Pack:
+    """Raises SegmentDamaged."""
+    try:
+        return Pack(
+            hour=int(parsed.metadata["hour"]),
+            generation=int(parsed.metadata["generation"]),
+            file=file,
+            frames=len(parsed.tensors["slots"]) // _SLOT_DTYPE.itemsize,
+            size=parsed.size,
+            checksum=parsed.metadata["checksum"],
+            offsets=parsed.offsets,
+        )
+    except (ValueError, KeyError) as error:
+        raise SegmentDamaged(f"{file} is no pack: {type(error).__name__}") from None

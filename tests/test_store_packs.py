@@ -1,0 +1,185 @@
+"""Keyframes of an hour that is over lie in one file, and nobody can tell: reading, erasing, crashes and races."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from store.connection import StoreRedis, StoreUnavailable, connect
+from store.format import HOUR_SLOTS
+from store.hot import FrameNotKept
+from store.hour_files import SegmentDamaged
+from store.keyframes import Keyframes
+from store.packs import LABEL, Pack
+
+FIRST = 500_000
+START = FIRST * HOUR_SLOTS
+
+
+@pytest.fixture
+def keyframes(redis: StoreRedis, segments_root: str) -> Keyframes:
+    return Keyframes(redis, segments_root)
+
+
+def jpeg(slot: int, mark: int = 0) -> bytes:
+    return b"\xff\xd8 slot %d, %d" % (slot, mark) + bytes(slot % 97)
+
+
+async def remember(keyframes: Keyframes, slots: range | list[int], mark: int = 0) -> None:
+    await keyframes.put_many({("str_a", slot): jpeg(slot, mark) for slot in slots})
+
+
+def files_of(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+
+
+async def test_packed_keyframes_come_back_byte_for_byte(keyframes):
+    slots = [*range(START, START + 200, 3), *range(START + HOUR_SLOTS, START + HOUR_SLOTS + 50)]
+    await remember(keyframes, slots)
+    looks = [slots, slots[::-1], slots[5:9], [slots[7], slots[7]], [START + HOUR_SLOTS + 3]]
+    assert await keyframes.loose_hours("str_a") == [FIRST, FIRST + 1]
+    for hour in (FIRST, FIRST + 1):
+        assert await keyframes.pack("str_a", hour)
+        assert await keyframes.loose_hours("str_a") == [one for one in (FIRST, FIRST + 1) if one > hour]
+        for look in looks:
+            assert await keyframes.get_many("str_a", look) == [jpeg(slot) for slot in look]
+    assert await keyframes.pack("str_a", FIRST)  # nothing to do
+    with pytest.raises(FrameNotKept, match=f"slot {START + 1} of str_a"):
+        await keyframes.get_many("str_a", [START, START + 1])
+
+
+async def test_a_late_keyframe_is_packed_with_the_others(keyframes):
+    await remember(keyframes, [START, START + 1])
+    await keyframes.pack("str_a", FIRST)
+    await remember(keyframes, [START + 2])
+    assert await keyframes.get_many("str_a", [START, START + 2]) == [jpeg(START), jpeg(START + 2)]
+    assert await keyframes.pack("str_a", FIRST)
+    assert await keyframes.get_many("str_a", [START, START + 2]) == [jpeg(START), jpeg(START + 2)]
+    assert len(await keyframes._packs.files("str_a", FIRST, LABEL)) == 1
+    assert await keyframes.loose_hours("str_a") == []
+
+
+async def test_erasing_takes_packed_keyframes_and_their_bytes(redis, tmp_path):
+    keyframes = Keyframes(redis, str(tmp_path))
+    slots = range(START, START + 2 * HOUR_SLOTS, 60)
+    await remember(keyframes, slots)
+    await keyframes.pack("str_a", FIRST)
+    low, high = START + 600, START + HOUR_SLOTS + 600
+    doomed, left = [one for one in slots if low <= one < high], [one for one in slots if not low <= one < high]
+    assert await keyframes.erase("str_a", low, high) == len(doomed)
+    assert await keyframes.get_many("str_a", left) == [jpeg(slot) for slot in left]
+    for slot in doomed:
+        with pytest.raises(FrameNotKept):
+            await keyframes.get("str_a", slot)
+    stored = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert not [slot for slot in doomed if jpeg(slot) in stored]
+    assert all(jpeg(slot) in stored for slot in left)
+    assert await keyframes.erase("str_a", low, high) == 0
+    assert await keyframes.erase("str_a") == len(left)
+    assert list(tmp_path.iterdir()) == []
+    assert await redis.keys("kf:*") == []
+
+
+async def test_what_expires_is_taken_by_the_hour_where_it_is_packed(keyframes):
+    slots = [START, START + 1800, START + HOUR_SLOTS, START + 2 * HOUR_SLOTS]
+    await remember(keyframes, slots)
+    await keyframes.pack("str_a", FIRST)
+    await keyframes.pack("str_a", FIRST + 1)
+    assert await keyframes.expire("str_a", START + 1000) == 0
+    assert await keyframes.expire("str_a", START + 2 * HOUR_SLOTS - 1) == 2
+    assert await keyframes.get_many("str_a", slots[2:]) == [jpeg(slot) for slot in slots[2:]]
+    assert await keyframes.expire("str_a", START + 2 * HOUR_SLOTS + 1) == 2
+
+
+async def test_readers_never_notice_that_hours_are_packed(redis_url, keyframes, segments_root):
+    slots = list(range(START, START + 300))
+    await remember(keyframes, slots)
+    is_over = asyncio.Event()
+
+    async def read() -> int:
+        reads = 0
+        async with connect(redis_url) as own:
+            reader = Keyframes(own, segments_root)
+            while not is_over.is_set():
+                assert await reader.get_many("str_a", slots[reads % 7 :: 7]) == [
+                    jpeg(one) for one in slots[reads % 7 :: 7]
+                ]
+                reads += 1
+        return reads
+
+    async def pack() -> None:
+        for turn in range(6):
+            assert await keyframes.pack("str_a", FIRST)
+            await remember(keyframes, slots[turn::5])
+        is_over.set()
+
+    *reads, _ = await asyncio.gather(*(read() for _ in range(6)), pack())
+    assert min(reads) > 0
+
+
+@pytest.mark.parametrize("change", ["an erasure", "another packing"])
+async def test_an_hour_that_changes_while_it_is_packed_stays_as_it_is(redis, keyframes, segments_root, change):
+    await remember(keyframes, [START, START + 1, START + 2])
+    write = keyframes._packs.write
+
+    async def meddle(*about: object) -> Pack:
+        keyframes._packs.write = write  # type: ignore[method-assign]
+        pack = await write(*about)
+        if change == "an erasure":
+            assert await Keyframes(redis, segments_root).erase("str_a", START + 1, START + 2) == 1
+        else:
+            assert await Keyframes(redis, segments_root).pack("str_a", FIRST)
+        return pack
+
+    keyframes._packs.write = meddle  # type: ignore[method-assign]
+    assert not await keyframes.pack("str_a", FIRST)
+    left = [START, START + 2] if change == "an erasure" else [START, START + 1, START + 2]
+    assert await keyframes.get_many("str_a", left) == [jpeg(slot) for slot in left]
+    if change == "an erasure":
+        with pytest.raises(FrameNotKept):
+            await keyframes.get("str_a", START + 1)
+    assert await keyframes.pack("str_a", FIRST)
+    assert await keyframes.get_many("str_a", left) == [jpeg(slot) for slot in left]
+    assert len(await keyframes._packs.files("str_a", FIRST, LABEL)) == 1
+
+
+async def test_what_a_crash_left_of_a_packing_is_never_read_and_goes_with_the_next_erasure(keyframes):
+    await remember(keyframes, [START, START + 1])
+    await keyframes._packs.write("str_a", FIRST, 9, {START: b"never counted", START + 7: b"nor this"})
+    assert await keyframes.get("str_a", START) == jpeg(START)
+    with pytest.raises(FrameNotKept):
+        await keyframes.get("str_a", START + 7)
+    assert await keyframes.erase("str_a", START, START + 1) == 1
+    assert await keyframes._packs.files("str_a", FIRST, LABEL) == []
+    assert await keyframes.get("str_a", START + 1) == jpeg(START + 1)
+
+
+async def test_a_pack_that_does_not_read_back_leaves_the_keyframes_where_they_are(redis, tmp_path, monkeypatch):
+    keyframes = Keyframes(redis, str(tmp_path))
+    await remember(keyframes, range(START, START + 20))
+    replace = Path.replace
+
+    def damage(draft: Path, target: Path) -> Path:
+        content = bytearray(draft.read_bytes())
+        content[-7] ^= 1
+        draft.write_bytes(content)
+        return replace(draft, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", damage)
+        with pytest.raises(SegmentDamaged):
+            await keyframes.pack("str_a", FIRST)
+    assert len(files_of(tmp_path)) == 20
+    assert await keyframes.get("str_a", START + 3) == jpeg(START + 3)
+    assert await keyframes.pack("str_a", FIRST)
+    assert len(files_of(tmp_path)) == 1
+
+
+async def test_a_pack_that_was_lost_is_named(redis, tmp_path):
+    keyframes = Keyframes(redis, str(tmp_path))
+    await remember(keyframes, [START])
+    await keyframes.pack("str_a", FIRST)
+    [path] = tmp_path.rglob("*.safetensors")
+    path.unlink()
+    with pytest.raises(StoreUnavailable, match=f"{path.name} of str_a is lost"):
+        await keyframes.get("str_a", START)
