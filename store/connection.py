@@ -63,6 +63,8 @@ def named_failures() -> Iterator[None]:
         raise StoreUnavailable(
             "Redis is a read-only replica; point TOKENLINE_STORE__REDIS_URL to the primary"
         ) from error
+    except failures.NoScriptError as error:  # it was started again between learning a script and running it
+        raise StoreUnavailable("Redis has been started anew just now; try again") from error
     except failures.ResponseError as error:
         text = str(error)
         if isinstance(error, failures.OutOfMemoryError) or "OOM command" in text:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from redis.asyncio.client import Pipeline
 from redis.exceptions import ResponseError
 
 from store.connection import EmbeddedRedis, StoreRedis, StoreUnavailable, connect
@@ -50,6 +51,25 @@ def _alive(pid: int) -> bool:
         return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return False
+
+
+async def test_a_server_that_forgot_a_script_between_two_commands_is_unavailable_for_a_moment(redis, monkeypatch):
+    timeline = Timeline(redis, FORMAT, SEGMENTS)
+    epoch = await Leases(redis).acquire("str_a", "writer", 60)
+    assert epoch is not None
+    frame = Entry(7, 7000, np.ones((1, 8), np.float16), np.ones(4, np.float32))
+    load = Pipeline.load_scripts
+
+    async def restarted(pipe: Pipeline) -> None:
+        await load(pipe)
+        await redis.script_flush()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pipeline, "load_scripts", restarted)
+        with pytest.raises(StoreUnavailable, match="started anew"):
+            await timeline.append("str_a", epoch, [frame])
+    await timeline.append("str_a", epoch, [frame])
+    assert (await timeline.slots("str_a", 0, 99)).tolist() == [7]
 
 
 async def test_what_was_written_survives_a_restart(tmp_path):
