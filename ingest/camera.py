@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import pairwise
 from threading import Event
 
 import av
@@ -32,6 +33,8 @@ logger = logging.getLogger(__name__)
 _WATCHED_S = 1.0
 _WAITED_S = 0.01  # a packet that took so long to get was not there before it was asked for
 _HELD_PACKETS = 250
+_SAME_S = 1e-3  # times that differ less are the same
+_JITTER_S = 0.1  # of the time stamps of keyframes
 _FASTEST_FPS = 240.0  # of cameras: every picture has a slot of its own
 
 
@@ -214,7 +217,7 @@ class CameraSession:
             if image.pts is None:
                 continue
             time_s = self.clock.wall(float(image.pts * packet.time_base), start_realtime)
-            pick = None if time_s is None else self._sampler.offer(time_s)
+            pick = None if time_s is None or not self._gate.is_whole(time_s) else self._sampler.offer(time_s)
             if pick is not None:
                 yield Picture(pick.slot, pick.time_s, image)
 
@@ -250,32 +253,38 @@ class PacketGate:
     """Decides which packets are worth decoding: with frequent keyframes, they alone cost a fifth.
 
     Applies where four keyframes in a row are at most 1.05 slots apart and a slot lasts a second or more. Where the
-    next keyframe would come too late for a slot, the pictures in between are decoded as well.
+    next keyframe may come too late for the next slot, the pictures behind this one are decoded until one lies in it.
     """
 
     def __init__(self, sampler: Sampler) -> None:
-        self.skips_rest = False
+        self.skips_rest = False  # up to the next keyframe
         self._sampler = sampler
         self._keys: list[float] = []
+        self._next_slot: int | None = None  # for which the pictures behind the keyframe are decoded
+        self._whole_from: float | None = None
 
     def wants(self, is_keyframe: bool, time_s: float | None) -> bool:
         """Tell whether to decode the packet; to be asked of every packet in order."""
         if not is_keyframe:
-            return not self.skips_rest
+            return not (self.skips_rest or (self._next_slot is not None and self._sampler.is_taken(self._next_slot)))
+        self.skips_rest, self._next_slot, self._whole_from = False, None, None
         if time_s is None:
-            self.skips_rest = False
             return True
         self._keys = [*self._keys[-3:], time_s]
-        self.skips_rest = self._keys_suffice(time_s)
-        return not (self.skips_rest and self._sampler.is_taken(slot_of(time_s, self._sampler.fps)))
-
-    def _keys_suffice(self, time_s: float) -> bool:
+        spacing = max((later - earlier for earlier, later in pairwise(self._keys)), default=0.0)
         fps = self._sampler.fps
-        if fps > 1 or len(self._keys) < 4:
-            return False
-        spacing = max(later - earlier for earlier, later in zip(self._keys, self._keys[1:], strict=False))
-        next_by = time_s + spacing + 0.05  # pictures jitter
-        return 0 < spacing <= 1.05 / fps and slot_of(next_by, fps) <= slot_of(time_s, fps) + 1
+        if fps > 1 or len(self._keys) < 4 or not 0 < spacing <= 1.05 / fps:
+            return True
+        slot, self._whole_from = slot_of(time_s, fps), time_s
+        if slot_of(time_s + spacing + _JITTER_S, fps) > slot + 1:
+            self._next_slot = slot + 1
+            return True
+        self.skips_rest = True
+        return not self._sampler.is_taken(slot)
+
+    def is_whole(self, time_s: float) -> bool:
+        """Tell whether a picture was predicted from decoded ones only; those shown before a keyframe may not be."""
+        return self._whole_from is None or time_s > self._whole_from - _SAME_S
 
 
 def _stream_time(packet: "Packet[VideoStream]") -> float:

@@ -63,8 +63,6 @@ def named_failures() -> Iterator[None]:
         raise StoreUnavailable(
             "Redis is a read-only replica; point TOKENLINE_STORE__REDIS_URL to the primary"
         ) from error
-    except failures.NoScriptError as error:  # it was started again between learning a script and running it
-        raise StoreUnavailable("Redis has been started anew just now; try again") from error
     except failures.ResponseError as error:
         text = str(error)
         if isinstance(error, failures.OutOfMemoryError) or "OOM command" in text:
@@ -94,7 +92,10 @@ async def _awaited(call: Awaitable[T]) -> T:
 
 class _StorePipeline(Pipeline):
     async def execute(self, raise_on_error: bool = True) -> list[Any]:
-        return await _awaited(super().execute(raise_on_error))
+        try:
+            return await _awaited(super().execute(raise_on_error))
+        except failures.NoScriptError as error:  # the server was started again between learning a script and this
+            raise StoreUnavailable("Redis has been started anew just now; try again") from error
 
 
 class StoreRedis(Redis):

@@ -1,5 +1,6 @@
 """The slot rule, the capture clock, and which packets of a camera are decoded."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -192,6 +193,26 @@ def stream(seconds: int, gop: int, *, rate: int = 5, start: float = 100.2) -> li
 def test_frequent_keyframes_are_decoded_alone():
     # All of the first three groups; of the fourth a picture was chosen before its keyframe came.
     assert len(decoded(stream(20, gop=5))) == 3 * 5 + 16
+
+
+@pytest.mark.parametrize("phase", [0.0, 0.5, 0.9, 0.95, 0.97, 0.99, 0.999])
+@pytest.mark.parametrize("jitter_s", [0.0, 0.01, 0.04])
+def test_wherever_in_its_second_a_keyframe_comes_no_slot_is_lost_and_little_is_decoded(phase, jitter_s):
+    chance = np.random.default_rng(1)
+    times = np.sort(100 + phase + np.arange(25 * 500) / 25 + chance.uniform(-jitter_s, jitter_s, 25 * 500))
+    wanted = decoded([(float(time), number % 25 == 0) for number, time in enumerate(times)])
+    slots = {slot_of(time, 1.0) for time in wanted}
+    assert slots == set(range(min(slots), max(slots) + 1))
+    assert len(wanted) < 0.25 * len(times)
+
+
+def test_pictures_shown_before_a_keyframe_are_not_taken_where_those_behind_the_last_one_were_left_out():
+    gate = PacketGate(Sampler(1.0))
+    for second in range(6):
+        assert gate.wants(True, 100.97 + second)
+    assert not gate.is_whole(105.9)
+    assert gate.is_whole(105.97)
+    assert gate.is_whole(106.0)
 
 
 def test_rare_keyframes_need_every_picture():
