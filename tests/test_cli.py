@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -449,9 +450,13 @@ def test_ctrl_c_ends_a_command_quietly_with_130():
         process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         connection, _ = server.accept()
         with connection:
-            assert connection.recv(4)  # the command has asked, and is waiting for an answer now
-            process.send_signal(signal.SIGINT)
-            out, err = process.communicate(timeout=30)
+            try:
+                assert connection.recv(4)  # the command has asked, and is waiting for an answer soon
+                time.sleep(0.5)
+                process.send_signal(signal.SIGINT)
+                out, err = process.communicate(timeout=30)
+            finally:
+                process.kill()
     assert (process.returncode, out, err) == (130, b"", b"")
 
 

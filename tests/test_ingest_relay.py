@@ -304,7 +304,7 @@ def test_the_end_of_a_reader_ends_the_session_of_the_camera():
 def test_no_thread_and_no_socket_is_left_behind():
     with camera_that_answers(FINE) as (url, _):
         before = descriptors()
-        for _ in range(5):
+        for _ in range(2):
             with pytest.raises(CameraFault):
                 pictures(Camera(url), 1, **ONLY_THE_CAMERA)
         assert not [thread for thread in threading.enumerate() if thread.name == "relay"]
