@@ -57,7 +57,12 @@ def write_stream_time(seconds: float) -> str:
 
 def slots_between(start_s: float, end_s: float, fps: float) -> tuple[int, int]:
     """Return the slots [first, end) that begin in the seconds [start_s, end_s); the grid begins at slot 0."""
-    return max(0, math.ceil(start_s * fps - _SLACK_SLOTS)), max(0, math.ceil(end_s * fps - _SLACK_SLOTS))
+    return first_slot(start_s, fps), first_slot(end_s, fps)
+
+
+def first_slot(seconds: float, fps: float) -> int:
+    """Return the first slot that begins at a time or after it; the grid begins at slot 0."""
+    return max(0, math.ceil(seconds * fps - _SLACK_SLOTS))
 
 
 def slot_at(seconds: float, fps: float) -> int:

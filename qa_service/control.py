@@ -248,9 +248,7 @@ class SourceControl:
 
         The janitor does the same again for what a crash leaves here.
         """
-        erased = await self._memory.erase(source_id)
-        await self._memory.scrub()
-        return erased.frames.total
+        return (await self._memory.erase(source_id)).frames.total
 
     async def _once(
         self,

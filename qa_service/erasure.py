@@ -13,7 +13,7 @@ from store.erasures import FOLLOW_EVERY_S
 from store.gaps import Gap
 from store.leases import Leases
 from store.memory import Memory
-from store.sources import Sources, Stream, Video
+from store.sources import Source, Sources, Stream, Video
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +44,9 @@ class Erasure:
             raise StateConflict(f"{source_id} is still read: wait until it is ready, or delete it")
         if isinstance(source, Stream) and (end_s is None or end_s > self._reader.now() - IN_FLIGHT_S):
             await self._leases.revoke(source_id)  # what is on its way is refused; ingest goes on with the next picture
-        low = None if start_s is None else clock.slots_between(start_s, start_s, source.fps)[0]
-        high = None if end_s is None else clock.slots_between(end_s, end_s, source.fps)[0]
-        await self._note(source_id, low, high)
+        low = None if start_s is None else clock.first_slot(start_s, source.fps)
+        high = None if end_s is None else clock.first_slot(end_s, source.fps)
+        await self._note(source, low, high)
         erased = await self._memory.erase(source_id, low, high)
         receipt = ErasureReceipt(
             id=f"era_{uuid4().hex[:12]}",
@@ -63,13 +63,12 @@ class Erasure:
         logger.info("erased %s", receipt.model_dump_json())
         return receipt
 
-    async def _note(self, source_id: str, low: int | None, high: int | None) -> None:
+    async def _note(self, source: Source, low: int | None, high: int | None) -> None:
         """Record why the slots will be absent: first, for who erases may die before the end."""
-        source = await self._reader.source(source_id)
         extent = await self._reader.extent(source)
         if extent is None:
             return
         start = extent[0] if low is None else max(low, extent[0])
         end = extent[1] + 1 if high is None else min(high, extent[1] + 1)
         if start < end:
-            await self._sources.add_gaps(source_id, None, [Gap(start_slot=start, end_slot=end, reason="erased")])
+            await self._sources.add_gaps(source.id, None, [Gap(start_slot=start, end_slot=end, reason="erased")])

@@ -364,8 +364,8 @@ class ErasureReceipt(Body):
     erased: ErasedCounts
     caches_within_s: float = Field(description="Copies in the memory of answering replicas are gone so soon.")
     redis_log_rewritten: bool = Field(
-        description="Whether Redis writes its log on disk anew, in the background. If false, erased bytes stay in the "
-        "log until it does: run BGREWRITEAOF."
+        description="Whether Redis writes its append-only file anew, in the background. If false, that file or a "
+        "snapshot may hold erased bytes until it is written anew: run BGREWRITEAOF or BGSAVE."
     )
     completed_at: str
 

@@ -43,4 +43,6 @@ class Erasures:
                     at = number.decode()
             except StoreUnavailable as error:
                 logger.warning("erasures cannot be followed now: %s", error)
+            except Exception:  # for as long as the process lives: what it holds must not outlive its erasure
+                logger.exception("an erasure was not followed; it is tried again")
             await asyncio.sleep(every_s)

@@ -14,6 +14,11 @@ VECTOR_DTYPE = np.dtype("<f2")  # unit vectors lose nothing a search would notic
 TIME_DTYPE = np.dtype("<i8")
 
 
+def hours_of(start: int | None, end: int | None) -> tuple[int | None, int | None]:
+    """Return the first and the last hour that slots [start, end) touch; None where a side is unbounded."""
+    return None if start is None else start // HOUR_SLOTS, None if end is None else (end - 1) // HOUR_SLOTS
+
+
 class TokenFormat(BaseModel):
     """The layout of a frame token (C2, D) and its search vector (P,), and the model that makes them.
 

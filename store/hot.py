@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from redis.asyncio import Redis
 
 from store.connection import StoreUnavailable
-from store.format import BLOCK_SLOTS, BLOCKS_PER_HOUR, HOUR_SLOTS, TIME_DTYPE, VECTOR_DTYPE, TokenFormat
+from store.format import BLOCK_SLOTS, BLOCKS_PER_HOUR, TIME_DTYPE, VECTOR_DTYPE, TokenFormat
 from store.keys import NEW_MARK, TimelineKeys, formats_key
 from store.leases import lease_key
 
@@ -188,9 +188,9 @@ class HotTimeline:
             "check that Redis runs with maxmemory-policy noeviction"
         )
 
-    async def hours(self, source_id: str, before: int) -> list[int]:
-        """Return the hours before one that hold frames, in order."""
-        blocks = await _blocks(self._redis, TimelineKeys(source_id, self.format.fingerprint), None, before * HOUR_SLOTS)
+    async def hours(self, source_id: str) -> list[int]:
+        """Return the hours that hold frames, in order."""
+        blocks = await _blocks(self._redis, TimelineKeys(source_id, self.format.fingerprint), None, None)
         return sorted({block // BLOCKS_PER_HOUR for block in blocks})
 
     async def count(self, source_id: str) -> int:
@@ -238,6 +238,11 @@ async def _blocks(redis: Redis, keys: TimelineKeys, start: int | None, end: int 
     high = "+inf" if end is None else str((end - 1) // BLOCK_SLOTS)
     numbers: list[Any] = await redis.zrangebyscore(keys.blocks, low, high)
     return [int(number) for number in numbers]
+
+
+async def has_tokens(redis: Redis, source_id: str) -> bool:
+    """Return whether any model's tokens of the source were ever kept and not wholly erased."""
+    return bool(await redis.exists(formats_key(source_id)))
 
 
 @dataclass(frozen=True, slots=True)

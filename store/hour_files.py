@@ -15,19 +15,39 @@ from uuid import uuid4
 import numpy as np
 import safetensors
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
 
 from store.files import Files
+
+SLOT_DTYPE = np.dtype("<i4")  # slots within the hour: every file has them
 
 _SUFFIX = ".safetensors"
 _LENGTH = struct.Struct("<Q")
 
 
-class SegmentGone(LookupError):
+class HourFileGone(LookupError):
     """A file is not there: another one took its place, or the hour was erased."""
 
 
-class SegmentDamaged(RuntimeError):
+class HourFileDamaged(RuntimeError):
     """A file is not what its name says, or not as it was written."""
+
+
+class HourManifest(BaseModel):
+    """What is known of a file without opening it: `frames` of an `hour`, and the places of its tensors.
+
+    Of several files of an hour the one of the highest `generation` counts.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    hour: int
+    generation: int
+    file: str
+    frames: int
+    size: int
+    checksum: str
+    offsets: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +58,18 @@ class Parsed:
     offsets: Mapping[str, int]
     tensors: Mapping[str, bytes]
     size: int
+
+    def facts(self, file: str) -> dict[str, Any]:
+        """Return the fields of a manifest. Raises ValueError and KeyError for a file that does not tell them."""
+        return {
+            "hour": int(self.metadata["hour"]),
+            "generation": int(self.metadata["generation"]),
+            "file": file,
+            "frames": len(self.tensors["slots"]) // SLOT_DTYPE.itemsize,
+            "size": self.size,
+            "checksum": self.metadata["checksum"],
+            "offsets": self.offsets,
+        }
 
 
 class HourFiles:
@@ -83,7 +115,7 @@ class HourFiles:
         tensors: Mapping[str, tuple[str, NDArray[Any]]],
         facts: Mapping[str, str],
     ) -> tuple[str, Parsed]:
-        """Write a file, wait until it is on disk, read it back and check it; return its name. Raises SegmentDamaged."""
+        """Write a file, wait until it is on disk, read it back and check it; return its name. HourFileDamaged."""
         metadata = {"source_id": source_id, "hour": str(hour), "generation": str(generation), **facts}
         file = f"{label}-{generation:06d}-{uuid4().hex[:12]}{_SUFFIX}"
         content, checksum = _serialized(tensors, metadata)
@@ -92,31 +124,31 @@ class HourFiles:
         try:
             parsed = self._read_whole(source_id, hour, file)
             if parsed.metadata["checksum"] != checksum:
-                raise SegmentDamaged(f"{file} is not what was written")
+                raise HourFileDamaged(f"{file} is not what was written")
             return file, parsed
-        except SegmentDamaged:
+        except HourFileDamaged:
             self._files.remove([path])
             raise
 
     def _read_whole(self, source_id: str, hour: int, file: str) -> Parsed:
-        """Read and check a file. Raises SegmentGone and SegmentDamaged."""
+        """Read and check a file. Raises HourFileGone and HourFileDamaged."""
         [content] = self._files.read([f"{self._hour(source_id, hour)}/{file}"])
         if content is None:
-            raise SegmentGone(file)
+            raise HourFileGone(file)
         parsed = _parsed(content, file)
         stated = parsed.metadata.get("source_id"), parsed.metadata.get("hour")
         if stated != (source_id, str(hour)):
-            raise SegmentDamaged(f"{file} says it is hour {stated[1]} of {stated[0]}")
+            raise HourFileDamaged(f"{file} says it is hour {stated[1]} of {stated[0]}")
         return parsed
 
     def _read_ranges(self, source_id: str, hour: int, file: str, ranges: Sequence[tuple[int, memoryview]]) -> None:
-        """Fill each target from an offset of a file on. Raises SegmentGone and SegmentDamaged."""
+        """Fill each target from an offset of a file on. Raises HourFileGone and HourFileDamaged."""
         try:
             self._files.read_ranges(f"{self._hour(source_id, hour)}/{file}", ranges)
         except FileNotFoundError:
-            raise SegmentGone(file) from None
+            raise HourFileGone(file) from None
         except EOFError:
-            raise SegmentDamaged(f"{file} is cut off") from None
+            raise HourFileDamaged(f"{file} is cut off") from None
 
 
 def _serialized(tensors: Mapping[str, tuple[str, NDArray[Any]]], metadata: Mapping[str, str]) -> tuple[bytes, str]:
@@ -142,9 +174,9 @@ def _parsed(content: bytes, file: str) -> Parsed:
         tensors = {name: content[start:end] for name, (start, end) in places.items()}
         checksum = metadata["checksum"]
     except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SegmentDamaged(f"{file} is no segment: {type(error).__name__}") from None
+        raise HourFileDamaged(f"{file} is no segment: {type(error).__name__}") from None
     if _checksum(tensors[name] for name in sorted(tensors)) != checksum:
-        raise SegmentDamaged(f"{file} is not as it was written: its checksum differs")
+        raise HourFileDamaged(f"{file} is not as it was written: its checksum differs")
     return Parsed(metadata, {name: start for name, (start, _) in places.items()}, tensors, len(content))
 
 

@@ -13,9 +13,10 @@ from redis.asyncio import Redis
 
 from store.connection import StoreUnavailable
 from store.format import HOUR_SLOTS
-from store.hour_files import SegmentDamaged
+from store.hot import has_tokens
+from store.hour_files import HourFileDamaged
 from store.leases import Leases
-from store.memory import Erased, Memory, has_tokens
+from store.memory import Erased, Memory
 from store.settings import StoreSettings
 from store.sources import Kept, Source, Sources, Stream, Video
 from store.timeline import NOTHING_ERASED, Timeline
@@ -136,16 +137,19 @@ class Janitor:
         """Seal the full hours of a source and return how many; one that changes meanwhile has its turn later."""
         sealed = 0
         for timeline in await self._memory.timelines(source.id):
-            before = await self._full_before(source, timeline)
-            hours = await timeline.unsealed(source.id, before)
-            if source.id not in self._unpacked:  # since another janitor was here last
+            hours = await timeline.hot_hours(source.id)
+            is_new = source.id not in self._unpacked  # since another janitor was here last
+            if not hours and not is_new:
+                continue
+            before = await self._full_before(source, timeline) // HOUR_SLOTS
+            if is_new:
                 loose = await self._memory.keyframes.loose_hours(source.id)
-                self._unpacked[source.id] = {hour for hour in loose if hour < before // HOUR_SLOTS}
-            for hour in hours:
+                self._unpacked[source.id] = {hour for hour in loose if hour < before}
+            for hour in (one for one in hours if one < before):
                 self._unpacked[source.id].add(hour)
                 try:
                     sealed += await timeline.seal(source.id, hour)
-                except SegmentDamaged as error:
+                except HourFileDamaged as error:
                     logger.error("hour %d of %s stays in Redis: %s", hour, source.id, error)
         await self._pack(source.id)
         return sealed
@@ -157,7 +161,7 @@ class Janitor:
             try:
                 if await self._memory.keyframes.pack(source_id, hour):
                     hours.discard(hour)
-            except SegmentDamaged as error:
+            except HourFileDamaged as error:
                 logger.error("keyframes of hour %d of %s stay as they are: %s", hour, source_id, error)
 
     async def _full_before(self, source: Source, timeline: Timeline) -> int:

@@ -11,9 +11,9 @@ from redis.asyncio import Redis
 
 from store.connection import StoreUnavailable
 from store.files import Files
-from store.format import HOUR_SLOTS
+from store.format import HOUR_SLOTS, hours_of
 from store.hot import FrameNotKept
-from store.hour_files import SegmentGone
+from store.hour_files import HourFileGone
 from store.packs import LABEL, Pack, Packs
 from store.sealed import PackedHours
 
@@ -58,7 +58,7 @@ class Keyframes:
                 absent = next((slot for slot in slots if slot not in found), None)
                 if absent is None:
                     return [found[slot] for slot in slots]
-            except SegmentGone as error:
+            except HourFileGone as error:
                 lost = str(error)
             # Packed or erased between the looks? Only what is absent twice in the same state is not kept.
             if packed == before and lost is not None:
@@ -75,7 +75,7 @@ class Keyframes:
     async def pack(self, source_id: str, hour: int) -> bool:
         """Put the loose keyframes of an hour into its pack; False if the hour changed meanwhile: it stays as it was.
 
-        Raises SegmentDamaged if the pack does not read back as it was written; then nothing is moved.
+        Raises HourFileDamaged if the pack does not read back as it was written; then nothing is moved.
         """
         old = next(iter(await self._packed.between(source_id, hour, hour)), None)
         changes = await self._packed.changes(source_id, hour)
@@ -86,7 +86,7 @@ class Keyframes:
         jpegs = {slot: jpeg for slot, jpeg in zip(loose, contents, strict=True) if jpeg is not None}
         try:
             jpegs |= {} if old is None else await self._content(source_id, old)
-        except SegmentGone:
+        except HourFileGone:
             return False
         if not await self._replace(source_id, hour, old, jpegs, changes):
             return False
@@ -97,7 +97,7 @@ class Keyframes:
     async def erase(self, source_id: str, start: int | None = None, end: int | None = None) -> int:
         """Erase the keyframes of slots [start, end) and return how many; None leaves a side unbounded."""
         erased = await self._erase(source_id, start, end, start, end)
-        await self._remove_leftovers(source_id, start, end)
+        await self._packed.remove_leftovers(self._packs, source_id, LABEL, *hours_of(start, end))
         if start is None and end is None:
             await self._packed.drop(source_id)
         return erased
@@ -142,7 +142,7 @@ class Keyframes:
         erased, hours = await asyncio.to_thread(self._erase_loose, source_id, start, end)
         for hour in hours:  # who packs them just now has read what is gone
             await self._packed.touch(source_id, hour)
-        first, last = _hours(packed_start, packed_end)
+        first, last = hours_of(packed_start, packed_end)
         for _ in range(TRIES):
             done = [
                 await self._erase_packed(source_id, pack, packed_start, packed_end)
@@ -163,22 +163,11 @@ class Keyframes:
             if low >= high:
                 return 0
             content = await self._content(source_id, pack)
-        except SegmentGone:
+        except HourFileGone:
             return None
         doomed = set(slots[low:high].tolist())
         left = {slot: jpeg for slot, jpeg in content.items() if slot not in doomed}
         return len(doomed) if await self._replace(source_id, pack.hour, pack, left, changes) else None
-
-    async def _remove_leftovers(self, source_id: str, start: int | None, end: int | None) -> None:
-        """Remove packs that no manifest names: of a packing or an erasure that a crash has cut short."""
-        first, last = _hours(start, end)
-        for hour in await self._packs.hours(source_id):
-            if (first is not None and hour < first) or (last is not None and hour > last):
-                continue
-            if files := await self._packs.files(source_id, hour, LABEL):
-                await self._packed.touch(source_id, hour)  # from now on, who wrote one of them cannot make it count
-                counts = {pack.file for pack in await self._packed.between(source_id, hour, hour)}
-                await self._packs.remove(source_id, hour, *(file for file in files if file not in counts))
 
     def _path(self, source_id: str, slot: int) -> str:
         return f"{self._folder(source_id)}/{slot // HOUR_SLOTS}/{slot}.jpg"
@@ -214,8 +203,3 @@ class Keyframes:
         for name in self._files.names(folder):
             if name.endswith(suffix) and (number := name.removesuffix(suffix)).isdecimal():
                 yield int(number), f"{folder}/{name}"
-
-
-def _hours(start: int | None, end: int | None) -> tuple[int | None, int | None]:
-    """Return the first and the last hour that slots [start, end) touch; None where a side is unbounded."""
-    return None if start is None else start // HOUR_SLOTS, None if end is None else (end - 1) // HOUR_SLOTS

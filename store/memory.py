@@ -1,5 +1,6 @@
 """What is kept of a source whatever model saw it: timelines of every format, and keyframes."""
 
+import asyncio
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import Any
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
+from store.connection import StoreUnavailable
 from store.erasures import Erasures
 from store.format import TokenFormat
 from store.keyframes import Keyframes
@@ -16,6 +18,9 @@ from store.segments import Segments
 from store.timeline import NOTHING_ERASED, ErasedFrames, Timeline
 
 logger = logging.getLogger(__name__)
+
+SCRUB_TRIES = 40
+SCRUB_RETRY_S = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,17 +57,16 @@ class Memory:
         return Erased(frames, keyframes)
 
     async def scrub(self) -> bool:
-        """Let Redis write its log anew, without what was erased; False where it may not be told to."""
+        """Let Redis begin to write its log anew, without what was erased; False if it does not, or keeps no log."""
         try:
-            persistence: Any = await self._redis.info("persistence")
-            if persistence.get("aof_enabled") and not persistence.get("aof_rewrite_in_progress"):
-                await self._redis.bgrewriteaof()
-            return True
-        except ResponseError as error:
-            logger.warning("Redis refuses to write its log anew (%s): erased bytes stay in it until it does", error)
-            return False
-
-
-async def has_tokens(redis: Redis, source_id: str) -> bool:
-    """Return whether any model's tokens of the source were ever kept and not wholly erased."""
-    return bool(await redis.exists(formats_key(source_id)))
+            for _ in range(SCRUB_TRIES):
+                persistence: Any = await self._redis.info("persistence")
+                if not persistence.get("aof_enabled"):
+                    return False
+                if not persistence.get("aof_rewrite_in_progress"):  # one that has begun holds what was erased
+                    await self._redis.bgrewriteaof()
+                    return True
+                await asyncio.sleep(SCRUB_RETRY_S)
+        except (ResponseError, StoreUnavailable) as error:
+            logger.warning("Redis does not write its log anew (%s): erased bytes stay in it until it does", error)
+        return False

@@ -13,29 +13,18 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 
 from store.format import HOUR_SLOTS
-from store.hour_files import HourFiles, Parsed, SegmentDamaged
+from store.hour_files import SLOT_DTYPE, HourFileDamaged, HourFiles, HourManifest, Parsed
 
 LABEL = "keyframes"
 READ_THROUGH_BYTES = 2**18  # that nobody asked for, between two keyframes that are wanted: read along, which is quicker
 _KNOWN_PACKS = 256  # whose index of some 40 KB is held
-_SLOT_DTYPE, _END_DTYPE = np.dtype("<i4"), np.dtype("<i8")
+_END_DTYPE = np.dtype("<i8")
 
 
-class Pack(BaseModel):
-    """What is known of the packed keyframes of an hour without opening the file."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    hour: int
-    generation: int
-    file: str
-    frames: int
-    size: int
-    checksum: str
-    offsets: Mapping[str, int]
+class Pack(HourManifest):
+    """What is known of the packed keyframes of an hour."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +44,15 @@ class Packs(HourFiles):
         self._lock = Lock()
 
     async def write(self, source_id: str, hour: int, generation: int, jpegs: Mapping[int, bytes]) -> Pack:
-        """Write keyframes by slot, wait until they are on disk, read them back and check them. SegmentDamaged."""
+        """Write keyframes by slot, wait until they are on disk, read them back and check them. HourFileDamaged."""
         return await asyncio.to_thread(self._write, source_id, hour, generation, jpegs)
 
     async def read(self, source_id: str, pack: Pack, slots: Sequence[int]) -> dict[int, bytes]:
-        """Return those of the keyframes that the pack has. Raises SegmentGone and SegmentDamaged."""
+        """Return those of the keyframes that the pack has. Raises HourFileGone and HourFileDamaged."""
         return await asyncio.to_thread(self._read, source_id, pack, slots)
 
     async def slots(self, source_id: str, pack: Pack) -> NDArray[np.int64]:
-        """Return the slots (n,) of the source that the pack has, ascending. Raises SegmentGone and SegmentDamaged."""
+        """Return the slots (n,) of the source that the pack has, ascending. Raises HourFileGone and HourFileDamaged."""
         return (await asyncio.to_thread(self._index, source_id, pack)).slots
 
     def _write(self, source_id: str, hour: int, generation: int, jpegs: Mapping[int, bytes]) -> Pack:
@@ -71,7 +60,7 @@ class Packs(HourFiles):
         tensors: dict[str, tuple[str, NDArray[Any]]] = {
             "jpegs": ("uint8", np.frombuffer(b"".join(jpegs[slot] for slot in slots), np.uint8)),
             "ends": ("int64", np.cumsum([len(jpegs[slot]) for slot in slots], dtype=_END_DTYPE)),
-            "slots": ("int32", (np.array(slots, np.int64) - hour * HOUR_SLOTS).astype(_SLOT_DTYPE)),
+            "slots": ("int32", (np.array(slots, np.int64) - hour * HOUR_SLOTS).astype(SLOT_DTYPE)),
         }
         return _described(*self._write_checked(source_id, hour, LABEL, generation, tensors, {}))
 
@@ -100,7 +89,7 @@ class Packs(HourFiles):
             if (known := self._known.get(pack.file)) is not None:
                 self._known.move_to_end(pack.file)
                 return known
-        ends, slots = np.empty(pack.frames, _END_DTYPE), np.empty(pack.frames, _SLOT_DTYPE)
+        ends, slots = np.empty(pack.frames, _END_DTYPE), np.empty(pack.frames, SLOT_DTYPE)
         ranges = [(pack.offsets["ends"], ends.data.cast("B")), (pack.offsets["slots"], slots.data.cast("B"))]
         self._read_ranges(source_id, pack.hour, pack.file, ranges)
         index = _Index(slots.astype(np.int64) + pack.hour * HOUR_SLOTS, np.concatenate(([0], ends)).astype(np.int64))
@@ -112,16 +101,8 @@ class Packs(HourFiles):
 
 
 def _described(file: str, parsed: Parsed) -> Pack:
-    """Raises SegmentDamaged."""
+    """Raises HourFileDamaged."""
     try:
-        return Pack(
-            hour=int(parsed.metadata["hour"]),
-            generation=int(parsed.metadata["generation"]),
-            file=file,
-            frames=len(parsed.tensors["slots"]) // _SLOT_DTYPE.itemsize,
-            size=parsed.size,
-            checksum=parsed.metadata["checksum"],
-            offsets=parsed.offsets,
-        )
+        return Pack(**parsed.facts(file))
     except (ValueError, KeyError) as error:
-        raise SegmentDamaged(f"{file} is no pack: {type(error).__name__}") from None
+        raise HourFileDamaged(f"{file} is no pack: {type(error).__name__}") from None

@@ -4,10 +4,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
-from pydantic import BaseModel
 from redis.asyncio import Redis
 
 from store.format import BLOCKS_PER_HOUR, TokenFormat
+from store.hour_files import HourFiles, HourManifest
 from store.keys import NEW_MARK, KeyframeKeys, TimelineKeys, formats_key
 from store.packs import Pack
 from store.segments import Manifest
@@ -62,7 +62,7 @@ class _Keys(Protocol):
     def sealed(self) -> str: ...
 
 
-M = TypeVar("M", bound=BaseModel)
+M = TypeVar("M", bound=HourManifest)
 K = TypeVar("K", bound=_Keys)
 
 
@@ -107,6 +107,18 @@ class _Hours(ABC, Generic[M, K]):
     async def touch(self, source_id: str, hour: int) -> None:
         """Let every `replace` fail that has begun before now."""
         await self._touch([self.keys(source_id).changes], [hour])
+
+    async def remove_leftovers(
+        self, files: HourFiles, source_id: str, label: str, first: int | None, last: int | None
+    ) -> None:
+        """Remove files that no manifest names, of the hours first to last: a crash has cut short what wrote them."""
+        for hour in await files.hours(source_id):
+            if (first is not None and hour < first) or (last is not None and hour > last):
+                continue
+            if found := await files.files(source_id, hour, label):
+                await self.touch(source_id, hour)  # from now on, who wrote one of them cannot make it count
+                counts = {manifest.file for manifest in await self.between(source_id, hour, hour)}
+                await files.remove(source_id, hour, *(file for file in found if file not in counts))
 
     async def _manifests(self, keys: K, hours: Sequence[int]) -> list[M]:
         found = []
@@ -164,5 +176,5 @@ class PackedHours(_Hours[Pack, KeyframeKeys]):
         await self._redis.delete(keys.hours, keys.sealed, keys.changes)
 
 
-def _text(manifest: BaseModel | None) -> str:
+def _text(manifest: HourManifest | None) -> str:
     return "" if manifest is None else manifest.model_dump_json()

@@ -9,40 +9,23 @@ A segment holds only frames that are there: `tokens` (n, C2, D) in the model's d
 import asyncio
 import base64
 import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 
 from store.format import HOUR_SLOTS, TIME_DTYPE, VECTOR_DTYPE, TokenFormat
-from store.hour_files import HourFiles, Parsed, SegmentDamaged
+from store.hour_files import SLOT_DTYPE, HourFileDamaged, HourFiles, HourManifest, Parsed
 
 Part = Literal["tokens", "vectors", "times"]
 READ_THROUGH_ROWS = 16  # rows that nobody asked for, between two that are wanted: to read them along is quicker
 
-_SLOT_DTYPE = np.dtype("<i4")
 
+class Manifest(HourManifest):
+    """What is known of a sealed hour; `bits` tells which slots have a frame, as base64 of zlib of a bitmap."""
 
-class Manifest(BaseModel):
-    """What is known of a sealed hour without opening its file.
-
-    Of several files of an hour the one of the highest `generation` counts. `bits` tells which slots of the hour have a
-    frame, as base64 of zlib of a bitmap; the offsets are the places of the tensors in the file.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    hour: int
-    generation: int
-    file: str
-    frames: int
-    size: int
-    checksum: str
     bits: str
-    offsets: Mapping[str, int]
 
     @property
     def slots(self) -> NDArray[np.int64]:
@@ -65,17 +48,17 @@ class Segments(HourFiles):
     """The segments of all sources; the label of their files is the model's fingerprint."""
 
     async def write(self, source_id: str, format: TokenFormat, hour: int, generation: int, rows: Hour) -> Manifest:
-        """Write a segment, wait until it is on disk, read it back and check it. Raises SegmentDamaged."""
+        """Write a segment, wait until it is on disk, read it back and check it. Raises HourFileDamaged."""
         return await asyncio.to_thread(self._write, source_id, format, hour, generation, rows)
 
     async def read(
         self, source_id: str, manifest: Manifest, part: Part, slots: NDArray[np.int64], target: NDArray[np.uint8]
     ) -> None:
-        """Fill `target` (T, bytes of a row) with one part of ascending slots that the segment has. SegmentGone."""
+        """Fill `target` (T, bytes of a row) with one part of ascending slots that the segment has. HourFileGone."""
         await asyncio.to_thread(self._read, source_id, manifest, part, slots, target)
 
     async def check(self, source_id: str, hour: int, file: str) -> tuple[TokenFormat, Manifest]:
-        """Read a whole segment and return what it is. Raises SegmentDamaged and SegmentGone."""
+        """Read a whole segment and return what it is. Raises HourFileDamaged and HourFileGone."""
         return _described(file, await asyncio.to_thread(self._read_whole, source_id, hour, file))
 
     def _write(self, source_id: str, format: TokenFormat, hour: int, generation: int, rows: Hour) -> Manifest:
@@ -83,7 +66,7 @@ class Segments(HourFiles):
             "tokens": (format.dtype, rows.tokens.astype(format.numpy_dtype, copy=False)),
             "vectors": ("float16", rows.vectors.astype(VECTOR_DTYPE)),
             "times": ("int64", rows.times.astype(TIME_DTYPE, copy=False)),
-            "slots": ("int32", (rows.slots - hour * HOUR_SLOTS).astype(_SLOT_DTYPE)),
+            "slots": ("int32", (rows.slots - hour * HOUR_SLOTS).astype(SLOT_DTYPE)),
         }
         facts = {"format": format.model_dump_json()}
         written = self._write_checked(source_id, hour, format.fingerprint, generation, tensors, facts)
@@ -109,21 +92,12 @@ class Segments(HourFiles):
 
 
 def _described(file: str, parsed: Parsed) -> tuple[TokenFormat, Manifest]:
-    """Return the format and the manifest of a segment. Raises SegmentDamaged."""
+    """Return the format and the manifest of a segment. Raises HourFileDamaged."""
     try:
-        slots = np.frombuffer(parsed.tensors["slots"], _SLOT_DTYPE)
         bits = np.zeros(HOUR_SLOTS, np.uint8)
-        bits[slots] = 1
-        manifest = Manifest(
-            hour=int(parsed.metadata["hour"]),
-            generation=int(parsed.metadata["generation"]),
-            file=file,
-            frames=len(slots),
-            size=parsed.size,
-            checksum=parsed.metadata["checksum"],
-            bits=base64.b64encode(zlib.compress(np.packbits(bits).tobytes())).decode(),
-            offsets=parsed.offsets,
-        )
+        bits[np.frombuffer(parsed.tensors["slots"], SLOT_DTYPE)] = 1
+        packed = base64.b64encode(zlib.compress(np.packbits(bits).tobytes())).decode()
+        manifest = Manifest(bits=packed, **parsed.facts(file))
         return TokenFormat.model_validate_json(parsed.metadata["format"]), manifest
     except (ValueError, KeyError, IndexError) as error:
-        raise SegmentDamaged(f"{file} is no segment: {type(error).__name__}") from None
+        raise HourFileDamaged(f"{file} is no segment: {type(error).__name__}") from None

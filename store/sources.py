@@ -16,8 +16,8 @@ from store.cipher import Cipher
 from store.events import Events
 from store.gaps import Gap as Gap
 from store.gaps import Gaps
+from store.hot import has_tokens
 from store.leases import Leases, lease_key
-from store.memory import has_tokens
 
 Item = TypeVar("Item")
 StreamState = Literal["connecting", "online", "degraded", "reconnecting", "auth_failed", "disabled"]

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from redis.asyncio import Redis
 
 from store.connection import StoreUnavailable
-from store.format import HOUR_SLOTS, TIME_DTYPE, VECTOR_DTYPE, TokenFormat
+from store.format import HOUR_SLOTS, TIME_DTYPE, VECTOR_DTYPE, TokenFormat, hours_of
 from store.hot import Entry, FrameNotKept, HotTimeline
-from store.hour_files import SegmentGone
+from store.hour_files import HourFileGone
 from store.sealed import SealedHours
 from store.segments import Hour, Manifest, Part, Segments
 
@@ -118,14 +118,14 @@ class Timeline:
         """Return the manifests of the sealed hours, in order."""
         return await self._sealed.between(source_id)
 
-    async def unsealed(self, source_id: str, before: int) -> list[int]:
-        """Return the hours that end at or before a slot and have hot frames, in order."""
-        return await self._hot.hours(source_id, before // HOUR_SLOTS)
+    async def hot_hours(self, source_id: str) -> list[int]:
+        """Return the hours that have frames which are not sealed, in order."""
+        return await self._hot.hours(source_id)
 
     async def seal(self, source_id: str, hour: int) -> bool:
         """Move an hour from Redis into a segment; False if it changed meanwhile: it stays as it is, to be tried again.
 
-        Raises SegmentDamaged if the segment does not read back as it was written; then nothing is moved.
+        Raises HourFileDamaged if the segment does not read back as it was written; then nothing is moved.
         """
         old = next(iter(await self._sealed.between(source_id, hour, hour)), None)
         changes = await self._sealed.changes(source_id, hour)
@@ -140,7 +140,7 @@ class Timeline:
         erased = NOTHING_ERASED
         if start is not None and end is not None and end <= start:
             return erased
-        first, last = None if start is None else start // HOUR_SLOTS, None if end is None else (end - 1) // HOUR_SLOTS
+        first, last = hours_of(start, end)
         for _ in range(TRIES):
             # Hot frames first, each time: a seal in between may have brought some of them into a segment.
             hot = await self._hot.erase(source_id, start, end)
@@ -153,7 +153,7 @@ class Timeline:
                 break
         else:
             raise StoreUnavailable(f"the memory of {source_id} changes all the time; erase it again")
-        await self._remove_leftovers(source_id, first, last)
+        await self._sealed.remove_leftovers(self._segments, source_id, self.format.fingerprint, first, last)
         return erased
 
     async def expire(self, source_id: str, before: int) -> ErasedFrames:
@@ -207,18 +207,6 @@ class Timeline:
             times=await self.times(source_id, slots),
         )
 
-    async def _remove_leftovers(self, source_id: str, first: int | None, last: int | None) -> None:
-        """Remove files that no manifest names: of a seal or an erasure that a crash has cut short."""
-        for hour in await self._segments.hours(source_id):
-            if (first is not None and hour < first) or (last is not None and hour > last):
-                continue
-            files = await self._segments.files(source_id, hour, self.format.fingerprint)
-            if not files:
-                continue
-            await self._sealed.touch(source_id, hour)  # from now on, who wrote one of them cannot make it count
-            counts = {manifest.file for manifest in await self._sealed.between(source_id, hour, hour)}
-            await self._segments.remove(source_id, hour, *(file for file in files if file not in counts))
-
     async def _rows(self, source_id: str, slots: NDArray[np.int64], part: Part, row_bytes: int) -> NDArray[np.uint8]:
         """Return one part of the slots as bytes (T, row_bytes)."""
         slots = np.asarray(slots, np.int64)
@@ -232,7 +220,7 @@ class Timeline:
                 if not sealed:
                     return await self._hot.rows(source_id, slots, _HOT_PARTS[part], row_bytes)
                 return await self._mixed_rows(source_id, slots, sealed, part, row_bytes)
-            except (FrameNotKept, SegmentGone) as error:
+            except (FrameNotKept, HourFileGone) as error:
                 # Sealed or erased between the looks? Only what is absent twice in the same state is not kept.
                 if sealed == before:
                     if isinstance(error, FrameNotKept):
@@ -253,14 +241,14 @@ class Timeline:
         for manifest in sealed:
             low, high = np.searchsorted(wanted, _span(manifest.hour))
             here = wanted[low:high]
-            cold = np.isin(here, manifest.slots) & ~np.isin(here, hot)
-            if cold.all() and len(here):
+            is_sealed = np.isin(here, manifest.slots) & ~np.isin(here, hot)
+            if is_sealed.all() and len(here):
                 await self._segments.read(source_id, manifest, part, here, rows[low:high])
-            elif cold.any():
-                found = np.empty((int(cold.sum()), row_bytes), np.uint8)
-                await self._segments.read(source_id, manifest, part, here[cold], found)
-                rows[low:high][cold] = found
-            left[low:high] = ~cold
+            elif is_sealed.any():
+                found = np.empty((int(is_sealed.sum()), row_bytes), np.uint8)
+                await self._segments.read(source_id, manifest, part, here[is_sealed], found)
+                rows[low:high][is_sealed] = found
+            left[low:high] = ~is_sealed
         if left.any():
             rows[left] = await self._hot.rows(source_id, wanted[left], _HOT_PARTS[part], row_bytes)
         return rows if np.array_equal(wanted, slots) else rows[places]

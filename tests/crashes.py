@@ -112,8 +112,7 @@ async def seal(place: Place, redis: StoreRedis) -> None:
     """Seal every hour again and again, also the one that is still written: so seals and writes meet often."""
     timeline, keyframes = place.timeline(redis), Keyframes(redis, place.root)
     while True:
-        extent = await timeline.extent(SOURCE)
-        for hour in await timeline.unsealed(SOURCE, 0 if extent is None else extent[1] + HOUR_SLOTS):
+        for hour in await timeline.hot_hours(SOURCE):
             await timeline.seal(SOURCE, hour)
         for hour in await keyframes.loose_hours(SOURCE):
             await keyframes.pack(SOURCE, hour)

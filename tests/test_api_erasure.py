@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from redis.exceptions import NoPermissionError
 
 from qa_service.clock import write_stream_time
 from store.erasures import Erasures
@@ -72,6 +73,24 @@ async def test_no_byte_of_what_was_erased_is_left_in_any_store(parts: Parts, cli
     stored = everything_on_disk(folders)
     assert not [one for one in gone if one in stored]
     assert all(one in stored for one in left)
+
+
+@pytest.mark.parametrize("why", ["no append-only file", "no right to"])
+async def test_a_receipt_does_not_claim_that_a_log_is_rewritten_which_is_not(parts: Parts, client, monkeypatch, why):
+    async def refuse() -> None:
+        raise NoPermissionError("this user has no permissions to run the 'bgrewriteaof' command")
+
+    video = await parts.video(range(3), duration_s=3)
+    if why == "no right to":
+        monkeypatch.setattr(parts.redis, "bgrewriteaof", refuse)
+    else:
+        await parts.redis.config_set("appendonly", "no")
+    try:
+        receipt = (await client.delete(f"/v1/sources/{video.id}/memory")).json()
+    finally:
+        await parts.redis.config_set("appendonly", "yes")
+    assert receipt["redis_log_rewritten"] is False
+    assert receipt["erased"]["redis_frames"] == 3
 
 
 async def log_rewritten(parts: Parts) -> None:

@@ -9,7 +9,7 @@ from store.connection import StoreRedis, StoreUnavailable, connect
 from store.files import Files
 from store.format import HOUR_SLOTS
 from store.hot import FrameNotKept
-from store.hour_files import SegmentDamaged
+from store.hour_files import HourFileDamaged
 from store.keyframes import Keyframes
 from store.packs import LABEL, Pack
 
@@ -187,7 +187,7 @@ async def test_a_pack_that_does_not_read_back_leaves_the_keyframes_where_they_ar
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", damage)
-        with pytest.raises(SegmentDamaged):
+        with pytest.raises(HourFileDamaged):
             await keyframes.pack("str_a", FIRST)
     assert len(files_of(tmp_path)) == 20
     assert await keyframes.get("str_a", START + 3) == jpeg(START + 3)

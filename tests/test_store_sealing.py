@@ -14,7 +14,7 @@ from store.connection import StoreRedis, StoreUnavailable, connect
 from store.files import Files
 from store.format import HOUR_SLOTS
 from store.hot import Entry, FrameNotKept
-from store.hour_files import SegmentDamaged
+from store.hour_files import HourFileDamaged
 from store.leases import Leases
 from store.segments import Segments
 from store.timeline import Timeline
@@ -86,7 +86,7 @@ async def test_a_sealed_hour_reads_as_it_did_before(timeline, epoch, redis):
         assert await timeline.extent("str_a") == extent
         assert await timeline.count("str_a") == count == len(slots)
     assert [key for key in await redis.keys("tl:*") if b":t:" in key or b":p:" in key] == []
-    assert await timeline.unsealed("str_a", START + 10**6) == []
+    assert await timeline.hot_hours("str_a") == []
 
 
 async def test_an_absent_frame_is_named_wherever_its_neighbours_are(timeline, epoch):
@@ -158,7 +158,7 @@ async def test_a_late_frame_counts_before_the_sealed_one_and_is_sealed_with_it(t
     for _ in range(2):
         assert (await timeline.slots("str_a", START, START + 999)).tolist() == [START + 5, START + 6, START + 900]
         assert (await timeline.read("str_a", wanted)).tobytes() == late.tokens.tobytes() + new.tokens.tobytes()
-        assert await timeline.unsealed("str_a", START + HOUR_SLOTS) in ([FIRST], [])
+        assert await timeline.hot_hours("str_a") in ([FIRST], [])
         await timeline.seal("str_a", FIRST)
     assert await timeline.count("str_a") == 3
     assert len(await segments.files("str_a", FIRST, FORMAT.fingerprint)) == 1
@@ -272,7 +272,7 @@ async def test_a_segment_that_does_not_read_back_leaves_the_hour_in_redis(redis,
         return write(draft, target)
 
     monkeypatch.setattr(Path, "replace", damage)
-    with pytest.raises(SegmentDamaged, match="checksum"):
+    with pytest.raises(HourFileDamaged, match="checksum"):
         await timeline.seal("str_a", FIRST)
     monkeypatch.undo()
     tokens = await timeline.read("str_a", np.array([one.slot for one in entries]))
@@ -306,7 +306,7 @@ async def test_what_is_no_segment_is_told(redis, epoch, tmp_path, harm):
         "noise": np.random.default_rng(1).bytes(5000),
     }[harm]
     path.write_bytes(harmed)
-    with pytest.raises(SegmentDamaged):
+    with pytest.raises(HourFileDamaged):
         await segments.check("str_a", FIRST, path.name)
 
 

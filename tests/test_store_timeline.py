@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from store.connection import StoreRedis, connect
 from store.format import TokenFormat
-from store.hot import Entry, FrameNotKept
+from store.hot import Entry, FrameNotKept, has_tokens
 from store.keyframes import Keyframes
 from store.leases import Leases
-from store.memory import Memory, has_tokens
+from store.memory import Memory
 from store.segments import Segments
 from store.sources import BadCursor, StreamExists, StreamNotFound
 from store.timeline import StaleEpoch, Timeline
