@@ -17,6 +17,11 @@ def formats_key(source_id: str) -> str:
     return f"tl:{{{source_id}}}:formats"
 
 
+def erased_key(source_id: str) -> str:
+    """A mark that every erasure of the source leaves, for a while."""
+    return f"tl:{{{source_id}}}:erased"
+
+
 @dataclass(frozen=True, slots=True)
 class KeyframeKeys:
     """The keys of one source's packed keyframes: the same three as those of a timeline's sealed hours."""

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from uuid import uuid4
 
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
@@ -13,12 +14,13 @@ from store.connection import StoreUnavailable
 from store.erasures import Erasures
 from store.format import TokenFormat
 from store.keyframes import Keyframes
-from store.keys import formats_key
+from store.keys import erased_key, formats_key
 from store.segments import Segments
 from store.timeline import NOTHING_ERASED, ErasedFrames, Timeline
 
 logger = logging.getLogger(__name__)
 
+MARK_KEPT_S = 24 * 3600  # longer than any restore takes
 SCRUB_TRIES = 40
 SCRUB_RETRY_S = 0.25
 
@@ -47,14 +49,22 @@ class Memory:
 
     async def erase(self, source_id: str, start: int | None = None, end: int | None = None) -> Erased:
         """Erase the slots [start, end) for good; None leaves a side unbounded."""
-        frames = NOTHING_ERASED
-        for timeline in await self.timelines(source_id):
-            frames += await timeline.erase(source_id, start, end)
+        frames = await self._erase_tokens(source_id, start, end)
         keyframes = await self.keyframes.erase(source_id, start, end)
+        # Who makes tokens of kept pictures must not bring back what is erased: one that began before the mark is
+        # refused from now on, one that begins after it finds no pictures any more.
+        await self._redis.set(erased_key(source_id), uuid4().hex, ex=MARK_KEPT_S)
+        frames += await self._erase_tokens(source_id, start, end)
         if start is None and end is None:
             await self._segments.remove_source(source_id)  # with what models left of whom nothing else is known
         await self._erasures.note(source_id)
         return Erased(frames, keyframes)
+
+    async def _erase_tokens(self, source_id: str, start: int | None, end: int | None) -> ErasedFrames:
+        frames = NOTHING_ERASED
+        for timeline in await self.timelines(source_id):
+            frames += await timeline.erase(source_id, start, end)
+        return frames
 
     async def scrub(self) -> bool:
         """Let Redis begin to write its log anew, without what was erased; False if it does not, or keeps no log."""

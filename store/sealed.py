@@ -8,11 +8,12 @@ from redis.asyncio import Redis
 
 from store.format import BLOCKS_PER_HOUR, TokenFormat
 from store.hour_files import HourFiles, HourManifest
-from store.keys import NEW_MARK, KeyframeKeys, TimelineKeys, formats_key
+from store.keys import NEW_MARK, KeyframeKeys, TimelineKeys, erased_key, formats_key
 from store.packs import Pack
 from store.segments import Manifest
 
 _HOURS_PER_COMMAND = 1000
+_ANY_MARK = "*"
 
 # KEYS: changes, sealed hours, manifests.
 # ARGV: hour, changes it had, manifest it had, manifest it gets.
@@ -31,19 +32,21 @@ else
 end
 """
 
-# More KEYS: blocks, frame counter, formats, then t, p, m, v of every block of the hour.
-# More ARGV: fingerprint, format as JSON, frames that are gone, then the numbers of the blocks.
-_REPLACE_BLOCKS = f"""{_REPLACE}
-for i = 8, #ARGV do
-  local at = 7 + 4 * (i - 8)
+# More KEYS: mark of the last erasure, blocks, frame counter, formats, then t, p, m, v of every block of the hour.
+# More ARGV: mark that it had or _ANY_MARK, fingerprint, format as JSON, frames that are gone, then the blocks' numbers.
+_REPLACE_BLOCKS = f"""
+if ARGV[5] ~= '{_ANY_MARK}' and (redis.call('GET', KEYS[4]) or '') ~= ARGV[5] then return 0 end
+{_REPLACE}
+for i = 9, #ARGV do
+  local at = 8 + 4 * (i - 9)
   redis.call('UNLINK', KEYS[at], KEYS[at + 1], KEYS[at + 2], KEYS[at + 3])
-  redis.call('ZREM', KEYS[4], ARGV[i])
+  redis.call('ZREM', KEYS[5], ARGV[i])
 end
-if ARGV[4] ~= '' then redis.call('HSETNX', KEYS[6], ARGV[5], ARGV[6]) end
-if tonumber(ARGV[7]) > 0 then redis.call('DECRBY', KEYS[5], ARGV[7]) end
-if redis.call('ZCARD', KEYS[4]) == 0 and redis.call('ZCARD', KEYS[2]) == 0 then
-  redis.call('DEL', KEYS[1], KEYS[5])
-  redis.call('HDEL', KEYS[6], ARGV[5])
+if ARGV[4] ~= '' then redis.call('HSETNX', KEYS[7], ARGV[6], ARGV[7]) end
+if tonumber(ARGV[8]) ~= 0 then redis.call('DECRBY', KEYS[6], ARGV[8]) end
+if redis.call('ZCARD', KEYS[5]) == 0 and redis.call('ZCARD', KEYS[2]) == 0 then
+  redis.call('DEL', KEYS[1], KEYS[6])
+  redis.call('HDEL', KEYS[7], ARGV[6])
 end
 return 1
 """
@@ -140,18 +143,34 @@ class SealedHours(_Hours[Manifest, TimelineKeys]):
     def keys(self, source_id: str) -> TimelineKeys:
         return TimelineKeys(source_id, self._format.fingerprint)
 
-    async def replace(
-        self, source_id: str, hour: int, old: Manifest | None, new: Manifest | None, *, changes: str, gone: int = 0
-    ) -> bool:
-        """Let `new` stand for the hour instead of `old` and all of its hot blocks, of which `gone` frames were erased.
+    async def as_of(self, source_id: str) -> str:
+        """Return a mark that differs after every erasure from the source's memory."""
+        mark: Any = await self._redis.get(erased_key(source_id))
+        return "" if mark is None else mark.decode()
 
-        False, and nothing is changed, if the hour is not any more as it was when `old` and `changes` were read.
+    async def replace(
+        self,
+        source_id: str,
+        hour: int,
+        old: Manifest | None,
+        new: Manifest | None,
+        *,
+        changes: str,
+        as_of: str | None = None,
+        gone: int = 0,
+    ) -> bool:
+        """Let `new` stand for the hour instead of `old` and all of its hot blocks; it has `gone` frames less.
+
+        False, and nothing is changed, if the hour is not any more as it was when `old` and `changes` were read, or if
+        anything of the source was erased since `as_of`.
         """
         keys, format = self.keys(source_id), self._format
         blocks = list(range(hour * BLOCKS_PER_HOUR, (hour + 1) * BLOCKS_PER_HOUR))
-        named = [keys.changes, keys.hours, keys.sealed, keys.blocks, keys.frames, formats_key(source_id)]
-        about: list[str | int] = [hour, changes, _text(old), _text(new), format.fingerprint, format.model_dump_json()]
-        return bool(await self._replace([*named, *keys.of_blocks(blocks)], [*about, gone, *blocks]))
+        named = [keys.changes, keys.hours, keys.sealed, erased_key(source_id)]
+        named += [keys.blocks, keys.frames, formats_key(source_id), *keys.of_blocks(blocks)]
+        about: list[str | int] = [hour, changes, _text(old), _text(new), _ANY_MARK if as_of is None else as_of]
+        about += [format.fingerprint, format.model_dump_json(), gone, *blocks]
+        return bool(await self._replace(named, about))
 
 
 class PackedHours(_Hours[Pack, KeyframeKeys]):

@@ -8,6 +8,7 @@ again. A frame that comes for a sealed hour is hot until the hour is sealed anew
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -135,6 +136,30 @@ class Timeline:
             return False
         return len(rows.slots) > 0 and await self._replace(source_id, hour, old, rows, changes)
 
+    async def as_of(self, source_id: str) -> str:
+        """Return a mark of the present for `restore`: to be taken before what shall be restored is read."""
+        return await self._sealed.as_of(source_id)
+
+    async def restore(self, source_id: str, rows: Hour, as_of: str) -> bool:
+        """Add frames of an hour that is over straight to its segment; slots that are kept stay as they are.
+
+        False, and nothing is added, if the hour changed meanwhile, or if anything of the source was erased since
+        `as_of`: what was erased does not come back. ValueError for rows that are no hour of this format.
+        Raises HourFileDamaged if the segment does not read back as it was written.
+        """
+        hour = self._checked(rows)
+        old = next(iter(await self._sealed.between(source_id, hour, hour)), None)
+        changes = await self._sealed.changes(source_id, hour)
+        try:
+            kept = await self._hour(source_id, hour)
+        except FrameNotKept:
+            return False
+        is_new = ~np.isin(rows.slots, kept.slots)
+        if not is_new.any():
+            return True
+        merged = _merged(kept, rows, is_new)
+        return await self._replace(source_id, hour, old, merged, changes, as_of)
+
     async def erase(self, source_id: str, start: int | None = None, end: int | None = None) -> ErasedFrames:
         """Erase the slots [start, end) for good; None leaves a side unbounded."""
         erased = NOTHING_ERASED
@@ -182,14 +207,31 @@ class Timeline:
             return None
         return len(doomed) if await self._replace(source_id, old.hour, old, rows, changes) else None
 
-    async def _replace(self, source_id: str, hour: int, old: Manifest | None, rows: Hour, changes: str) -> bool:
+    def _checked(self, rows: Hour) -> int:
+        """Return the hour of rows. ValueError if they are not rows of one hour in this format."""
+        count, format = len(rows.slots), self.format
+        if not count or rows.slots[0] < 0 or (np.diff(rows.slots) <= 0).any():
+            raise ValueError("the slots of an hour ascend from 0, and there is at least one")
+        first, last = hours_of(int(rows.slots[0]), int(rows.slots[-1]) + 1)
+        if first is None or first != last:
+            raise ValueError(f"slots {rows.slots[0]} to {rows.slots[-1]} are not of one hour")
+        if rows.tokens.shape != (count, *format.token_shape) or rows.tokens.dtype != format.numpy_dtype:
+            raise ValueError(f"tokens are {rows.tokens.shape} {rows.tokens.dtype}, not {count} of the format")
+        if rows.vectors.shape != (count, format.vector_width) or rows.times.shape != (count,):
+            raise ValueError(f"vectors {rows.vectors.shape} and times {rows.times.shape} do not fit {count} slots")
+        return first
+
+    async def _replace(
+        self, source_id: str, hour: int, old: Manifest | None, rows: Hour, changes: str, as_of: str | None = None
+    ) -> bool:
         """Let a segment of these rows, or nothing if they are none, stand for an hour as it was at `changes`."""
         new = None
         if len(rows.slots):
             generation = 1 if old is None else old.generation + 1
             new = await self._segments.write(source_id, self.format, hour, generation, rows)
         kept = len(await self._hot.slots(source_id, *_span(hour))) + (0 if old is None else old.frames)
-        done = await self._sealed.replace(source_id, hour, old, new, changes=changes, gone=kept - len(rows.slots))
+        gone = kept - len(rows.slots)
+        done = await self._sealed.replace(source_id, hour, old, new, changes=changes, as_of=as_of, gone=gone)
         superseded = old if done else new
         if superseded is not None:
             await self._segments.remove(source_id, hour, superseded.file)
@@ -252,6 +294,21 @@ class Timeline:
         if left.any():
             rows[left] = await self._hot.rows(source_id, wanted[left], _HOT_PARTS[part], row_bytes)
         return rows if np.array_equal(wanted, slots) else rows[places]
+
+
+def _merged(kept: Hour, rows: Hour, is_new: NDArray[np.bool_]) -> Hour:
+    """Return kept frames and those rows (n,) that are new, in order."""
+    order = np.argsort(np.concatenate([kept.slots, rows.slots[is_new]]))
+
+    def both(old: NDArray[Any], new: NDArray[Any]) -> NDArray[Any]:
+        return np.concatenate([old, new[is_new]])[order]
+
+    return Hour(
+        slots=both(kept.slots, rows.slots),
+        tokens=both(kept.tokens, rows.tokens),
+        vectors=both(kept.vectors, rows.vectors),
+        times=both(kept.times, rows.times),
+    )
 
 
 def _span(hour: int) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,10 @@ from store.files import Files
 from store.format import HOUR_SLOTS
 from store.hot import Entry, FrameNotKept
 from store.hour_files import HourFileDamaged
+from store.keyframes import Keyframes
 from store.leases import Leases
-from store.segments import Segments
+from store.memory import Memory
+from store.segments import Hour, Segments
 from store.timeline import Timeline
 from tests.test_store_timeline import FORMAT, entry
 
@@ -324,3 +327,67 @@ async def test_a_range_read_fetches_only_the_rows_that_were_asked_for(redis, epo
     monkeypatch.setattr(Files, "read_ranges", count)
     await timeline.read("str_a", np.arange(START + 100, START + 200))
     assert fetched == [100 * FORMAT.token_bytes]
+
+
+def hour_of(entries: Sequence[Entry]) -> Hour:
+    return Hour(
+        slots=np.array([one.slot for one in entries], np.int64),
+        tokens=np.stack([one.tokens for one in entries]),
+        vectors=np.stack([one.vector for one in entries]),
+        times=np.array([one.time_ms for one in entries], np.int64),
+    )
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+async def test_what_is_restored_stands_beside_what_is_kept_and_never_instead_of_it(timeline, epoch, sealed):
+    kept = await remember(timeline, epoch, [START + 5, START + 7])
+    if sealed:
+        await timeline.seal("str_a", FIRST)
+    rows = [entry(START + slot, mark=3) for slot in (1, 5, 6, 3599)]
+    assert await timeline.restore("str_a", hour_of(rows), await timeline.as_of("str_a"))
+    slots = [START + slot for slot in (1, 5, 6, 7, 3599)]
+    assert (await timeline.slots("str_a", START, START + HOUR_SLOTS)).tolist() == slots
+    tokens = await timeline.read("str_a", np.array(slots))
+    expected = [rows[0], kept[0], rows[2], kept[1], rows[3]]
+    assert tokens.tobytes() == b"".join(one.tokens.tobytes() for one in expected)
+    assert (await timeline.times("str_a", np.array(slots))).tolist() == [one.time_ms for one in expected]
+    assert await timeline.count("str_a") == 5
+    assert await timeline.restore("str_a", hour_of(rows), await timeline.as_of("str_a"))
+    assert await timeline.count("str_a") == 5
+
+
+async def test_a_source_without_frames_can_be_restored_whole(timeline):
+    rows = [entry(START + slot) for slot in (1, 5)]
+    assert await timeline.restore("str_new", hour_of(rows), await timeline.as_of("str_new"))
+    assert await timeline.extent("str_new") == (START + 1, START + 5)
+    assert await timeline.count("str_new") == 2
+    await timeline.erase("str_new")
+    assert await timeline.count("str_new") == 0
+
+
+async def test_nothing_that_was_erased_is_restored(redis, timeline, segments, epoch, tmp_path):
+    await remember(timeline, epoch, [START + 5])
+    memory = Memory(redis, segments, Keyframes(redis, str(tmp_path)))
+    as_of = await timeline.as_of("str_a")
+    await memory.erase("str_a", START, START + 5)  # which finds nothing there yet
+    rows = hour_of([entry(START + 1)])
+    assert not await timeline.restore("str_a", rows, as_of)
+    assert (await timeline.slots("str_a", START, START + 10)).tolist() == [START + 5]
+    assert await timeline.restore("str_a", rows, await timeline.as_of("str_a"))
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        hour_of([entry(START + 3), entry(START + 1)]),
+        hour_of([entry(START + 3), entry(START + 3)]),
+        hour_of([entry(START - 1), entry(START)]),
+        replace(hour_of([entry(START)]), times=np.empty(0, np.int64)),
+        replace(hour_of([entry(START)]), tokens=np.zeros((1, 9, 9), np.float16)),
+        replace(hour_of([entry(START)]), slots=np.array([-1])),
+        replace(hour_of([entry(START)]), slots=np.empty(0, np.int64)),
+    ],
+)
+async def test_rows_that_are_no_hour_are_refused(timeline, rows):
+    with pytest.raises(ValueError, match=r"hour|format|fit"):
+        await timeline.restore("str_a", rows, "")
