@@ -54,6 +54,7 @@ from store.counters import Counters
 from store.moments import Moment, Span
 from store.sources import Source, Sources
 from store.timeline import Timeline
+from store.token_cache import TokenCache
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +148,7 @@ class Answerer:
             )
         self._model = model
         self._prompt = prompt
-        self._timeline = timeline
+        self._tokens = TokenCache(timeline, settings.token_cache_bytes)
         self._reader = RangeReader(timeline, sources, live_lag_s=settings.live_lag_s, now=now)
         self._fusion = fusion
         self._space = space
@@ -174,6 +175,7 @@ class Answerer:
     async def forget(self, source_id: str) -> None:
         """Let go of what is held of a source, for frames of it were erased."""
         self._prefixes.forget(source_id)
+        self._tokens.forget(source_id)
 
     def close(self) -> None:
         """End the model's thread."""
@@ -358,7 +360,7 @@ class Answerer:
         key, turn = plan.head_key(plan.input_ids[: len(before)]), self._prefixes.turn
         head: Tensor | Prefix | None = self._prefixes.get(key)
         if head is None:
-            tokens = [await self._timeline.read(one.reading.source.id, one.slots) for one in plan.used]
+            tokens = [await self._tokens.read(one.reading.source.id, one.slots) for one in plan.used]
             head = await asyncio.to_thread(_joined, before, tokens)  # a day of frames is too much for the event loop
         return Generation(
             key=key,

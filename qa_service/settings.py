@@ -54,6 +54,10 @@ class QASettings(BaseModel):
         default=2 << 30,
         description="Memory for what the model keeps of timelines it has read, for follow-up questions.",
     )
+    token_cache_bytes: NonNegativeInt = Field(
+        default=1 << 30,
+        description="Memory for frame tokens that a replica has read: only what is new is fetched again.",
+    )
     max_waiting: PositiveInt = Field(
         default=16, description="Questions a replica takes in before it answers `queue_full`."
     )

@@ -67,7 +67,7 @@ for i = 7, #ARGV, 6 do
   write(KEYS[first + 3], ARGV[6], index, ARGV[i + 5])
   if redis.call('SETBIT', KEYS[first + 1], index, 1) == 0 then new = new + 1 end
   redis.call('ZADD', KEYS[2], ARGV[i + 1], ARGV[i + 1])
-  redis.call('HSET', KEYS[5], math.floor(ARGV[i + 1] / {BLOCKS_PER_HOUR}), mark)
+  redis.call('HSET', KEYS[5], math.floor(ARGV[i + 1] / {BLOCKS_PER_HOUR}), mark, 'b' .. ARGV[i + 1], mark)
 end
 if new > 0 then redis.call('INCRBY', KEYS[3], new) end
 return new
@@ -79,7 +79,7 @@ _ERASE = f"""{NEW_MARK}
 local erased = 0
 for i = 5, #ARGV, 3 do
   local at = 6 + 4 * (i - 5) / 3
-  redis.call('HSET', KEYS[4], math.floor(ARGV[i] / {BLOCKS_PER_HOUR}), mark)
+  redis.call('HSET', KEYS[4], math.floor(ARGV[i] / {BLOCKS_PER_HOUR}), mark, 'b' .. ARGV[i], mark)
   local tokens, presence, times, vectors = KEYS[at], KEYS[at + 1], KEYS[at + 2], KEYS[at + 3]
   local first, last = tonumber(ARGV[i + 1]), tonumber(ARGV[i + 2])
   for index = first, last do
@@ -96,6 +96,7 @@ for i = 5, #ARGV, 3 do
   if redis.call('BITCOUNT', presence) == 0 then
     redis.call('UNLINK', tokens, presence, times, vectors)
     redis.call('ZREM', KEYS[1], ARGV[i])
+    redis.call('HDEL', KEYS[4], 'b' .. ARGV[i])
   end
 end
 redis.call('DECRBY', KEYS[2], erased)
@@ -187,6 +188,12 @@ class HotTimeline:
             f"the timeline of {source_id} has lost blocks that its index names; "
             "check that Redis runs with maxmemory-policy noeviction"
         )
+
+    async def marks(self, source_id: str, blocks: Sequence[int]) -> list[str]:
+        """Return for each block a mark that differs after every write and erasure; '' if it holds nothing."""
+        keys = TimelineKeys(source_id, self.format.fingerprint)
+        marks: list[Any] = await self._redis.hmget(keys.changes, [f"b{block}" for block in blocks])
+        return ["" if mark is None else mark.decode() for mark in marks]
 
     async def hours(self, source_id: str) -> list[int]:
         """Return the hours that hold frames, in order."""

@@ -64,7 +64,10 @@ class TimelineKeys:
 
     @property
     def changes(self) -> str:
-        """Hash of marks by hour: every write and erasure of a hot block leaves a new one, until the hour is sealed."""
+        """Hash of marks by hour, and by block with a `b` before its number, until the hour is sealed.
+
+        Every write and erasure of a hot block leaves new ones.
+        """
         return f"{self._root}:changes"
 
     @property

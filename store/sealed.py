@@ -41,6 +41,7 @@ for i = 9, #ARGV do
   local at = 8 + 4 * (i - 9)
   redis.call('UNLINK', KEYS[at], KEYS[at + 1], KEYS[at + 2], KEYS[at + 3])
   redis.call('ZREM', KEYS[5], ARGV[i])
+  redis.call('HDEL', KEYS[1], 'b' .. ARGV[i])
 end
 if ARGV[4] ~= '' then redis.call('HSETNX', KEYS[7], ARGV[6], ARGV[7]) end
 if tonumber(ARGV[8]) ~= 0 then redis.call('DECRBY', KEYS[6], ARGV[8]) end

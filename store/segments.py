@@ -10,6 +10,7 @@ import asyncio
 import base64
 import zlib
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -19,6 +20,7 @@ from store.format import HOUR_SLOTS, TIME_DTYPE, VECTOR_DTYPE, TokenFormat
 from store.hour_files import SLOT_DTYPE, HourFileDamaged, HourFiles, HourManifest, Parsed
 
 Part = Literal["tokens", "vectors", "times"]
+_KNOWN_HOURS = 1024  # whose slots, 29 KB each, are held
 READ_THROUGH_ROWS = 16  # rows that nobody asked for, between two that are wanted: to read them along is quicker
 
 
@@ -30,8 +32,7 @@ class Manifest(HourManifest):
     @property
     def slots(self) -> NDArray[np.int64]:
         """The slots (n,) of the source that have a frame, ascending."""
-        bits = np.frombuffer(zlib.decompress(base64.b64decode(self.bits)), np.uint8)
-        return np.flatnonzero(np.unpackbits(bits)).astype(np.int64) + self.hour * HOUR_SLOTS
+        return _slots(self.bits, self.hour)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,14 @@ class Segments(HourFiles):
         self._read_ranges(source_id, manifest.hour, manifest.file, ranges)
         for place, taken, piece in along:
             target[place] = piece[taken]
+
+
+@lru_cache(_KNOWN_HOURS)
+def _slots(bits: str, hour: int) -> NDArray[np.int64]:
+    present = np.unpackbits(np.frombuffer(zlib.decompress(base64.b64decode(bits)), np.uint8))
+    slots = np.flatnonzero(present).astype(np.int64) + hour * HOUR_SLOTS
+    slots.setflags(write=False)  # all who ask share it
+    return slots
 
 
 def _described(file: str, parsed: Parsed) -> tuple[TokenFormat, Manifest]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from redis.asyncio import Redis
 
 from store.connection import StoreUnavailable
-from store.format import HOUR_SLOTS, TIME_DTYPE, VECTOR_DTYPE, TokenFormat, hours_of
+from store.format import BLOCKS_PER_HOUR, HOUR_SLOTS, TIME_DTYPE, VECTOR_DTYPE, TokenFormat, hours_of
 from store.hot import Entry, FrameNotKept, HotTimeline
 from store.hour_files import HourFileGone
 from store.sealed import SealedHours
@@ -45,6 +45,7 @@ class ErasedFrames:
 
 
 NOTHING_ERASED = ErasedFrames(0, 0)
+BlockMark = tuple[str, str]  # of what is hot of a block, and the segment of its hour
 
 
 class Timeline:
@@ -102,6 +103,13 @@ class Timeline:
             return np.empty((len(slots), 0), np.float32)
         flat = await self._rows(source_id, slots, "vectors", self.format.vector_bytes)
         return flat.view(VECTOR_DTYPE).reshape(len(flat), self.format.vector_width).astype(np.float32)
+
+    async def marks(self, source_id: str, blocks: Sequence[int]) -> list[BlockMark]:
+        """Return for each of ascending blocks a mark that differs whenever a frame of it may have changed."""
+        hot = await self._hot.marks(source_id, blocks)
+        sealed = await self._sealed.between(source_id, blocks[0] // BLOCKS_PER_HOUR, blocks[-1] // BLOCKS_PER_HOUR)
+        files = {manifest.hour: manifest.file for manifest in sealed}
+        return [(mark, files.get(block // BLOCKS_PER_HOUR, "")) for mark, block in zip(hot, blocks, strict=True)]
 
     async def extent(self, source_id: str) -> tuple[int, int] | None:
         """Return the first and the last present slot, None if nothing is kept."""

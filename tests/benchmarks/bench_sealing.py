@@ -3,8 +3,8 @@
     python -m tests.benchmarks.bench_sealing [--hours 1 3 24] [--repeats 7]
 
 The frames are those of the published model: D = 4096 in 16 bits, 8,192 bytes, search vectors of 768 numbers. Read
-in turns: the whole range by `Timeline.read` while its hours are hot, then while they are sealed, and the tokens' bytes
-from one plain file into one array. All files are in the page cache; the middle of the repeats counts. Sealing is
+in turns: the whole range by `Timeline.read` while its hours are hot, then while they are sealed, then by a replica that
+has read it before, and the tokens' bytes from one plain file into one array. All files are in the page cache; the middle of the repeats counts. Sealing is
 compared with writing a file of the tokens' bytes, syncing it and reading it back. The bytes of a frame are those of
 tokens, presence and times; `with_vectors` counts the search vectors as well, and nothing counts the keyframes.
 """
@@ -26,6 +26,7 @@ from store.format import HOUR_SLOTS
 from store.leases import Leases
 from store.segments import Segments
 from store.timeline import Timeline
+from store.token_cache import TokenCache
 from tests.benchmarks.bench_timeline import FORMAT, SOURCE, fill
 
 Row = dict[str, object]
@@ -58,11 +59,11 @@ async def measure(server: EmbeddedRedis, folder: Path, hours: int, repeats: int)
         redis_bytes = await used_bytes(redis) - empty
         plain.write_bytes((await timeline.read(SOURCE, wanted)).tobytes())
 
-        async def turn() -> tuple[float, float]:
+        async def turn(reader: Timeline | TokenCache = timeline) -> tuple[float, float]:
             started = time.perf_counter()
             bare = np.fromfile(plain, np.uint8)
             between = time.perf_counter()
-            tokens = await timeline.read(SOURCE, wanted)
+            tokens = await reader.read(SOURCE, wanted)
             ended = time.perf_counter()
             assert np.array_equal(tokens.view(np.uint8).reshape(-1), bare)
             return ended - between, between - started
@@ -76,6 +77,9 @@ async def measure(server: EmbeddedRedis, folder: Path, hours: int, repeats: int)
             assert await timeline.seal(SOURCE, hour)
             seal_s.append(time.perf_counter() - started)
         sealed = [await turn() for _ in range(repeats)]
+        cache = TokenCache(timeline, 2 * plain.stat().st_size)
+        await cache.read(SOURCE, wanted)
+        again = [await turn(cache) for _ in range(repeats)]
     disk_bytes = sum(path.stat().st_size for path in (folder / "segments").rglob("*.safetensors"))
     rows: list[Row] = [
         {
@@ -85,7 +89,7 @@ async def measure(server: EmbeddedRedis, folder: Path, hours: int, repeats: int)
             "against": "one plain file of the tokens",
             "repeats": repeats,
         }
-        for name, turns in (("hot", hot), ("sealed", sealed))
+        for name, turns in (("hot", hot), ("sealed", sealed), ("again by a replica", again))
     ]
     rows.append(
         {
