@@ -4,9 +4,10 @@
 
 The frames are those of the published model: D = 4096 in 16 bits, 8,192 bytes, search vectors of 768 numbers. Read
 in turns: the whole range by `Timeline.read` while its hours are hot, then while they are sealed, then by a replica that
-has read it before, and the tokens' bytes from one plain file into one array. All files are in the page cache; the middle of the repeats counts. Sealing is
-compared with writing a file of the tokens' bytes, syncing it and reading it back. The bytes of a frame are those of
-tokens, presence and times; `with_vectors` counts the search vectors as well, and nothing counts the keyframes.
+has read it before, and the tokens' bytes from one plain file into one array. All files are in the page cache; the
+middle of the repeats counts. Sealing is compared with writing a file of the tokens' bytes, syncing it and reading it
+back. The bytes of a frame are those of tokens, presence and times; `with_vectors` counts the search vectors as well,
+and nothing counts the keyframes.
 """
 
 import argparse
