@@ -90,6 +90,18 @@ class Files:
                 return []
             return sorted(path.rstrip("/").rpartition("/")[2] for path in paths)
 
+    def sources(self) -> list[str]:
+        """Return the ids of the sources that have files, sorted."""
+        return [name for name in self.names(self._root) if _SOURCE_ID.fullmatch(name)]
+
+    def tree(self, folder: str) -> list[str]:
+        """Return the paths of all files below a folder, relative to it, sorted; nothing if there is no such folder."""
+        with _named_failures():
+            self._fs.invalidate_cache()
+            inside = f"{self._fs._strip_protocol(folder)}/"
+            paths: Iterable[str] = self._fs.find(folder)
+            return sorted(path.removeprefix(inside) for path in paths)
+
     def remove(self, paths: Sequence[str], *, recursive: bool = False) -> None:
         """Remove files or folders, though others write and erase there at the same time."""
         doomed = list(paths)

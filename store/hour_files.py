@@ -22,6 +22,7 @@ from store.files import Files
 SLOT_DTYPE = np.dtype("<i4")  # slots within the hour: every file has them
 
 _SUFFIX = ".safetensors"
+_MAX_HEADER_BYTES = 2**20  # some hundred bytes are usual
 _LENGTH = struct.Struct("<Q")
 
 
@@ -103,6 +104,16 @@ class HourFiles:
         names = await asyncio.to_thread(self._files.names, self._files.folder(source_id, "hours"))
         return sorted(int(name) for name in names if name.isdecimal())
 
+    async def listing(self, source_id: str) -> dict[int, list[str]]:
+        """Return the names of all files by hour, sorted."""
+        paths = await asyncio.to_thread(self._files.tree, self._files.folder(source_id, "hours"))
+        found: dict[int, list[str]] = {}
+        for path in paths:
+            hour, _, name = path.partition("/")
+            if hour.isdecimal() and name.endswith(_SUFFIX):
+                found.setdefault(int(hour), []).append(name)
+        return found
+
     def _hour(self, source_id: str, hour: int) -> str:
         return f"{self._files.folder(source_id, 'hours')}/{hour}"
 
@@ -136,10 +147,29 @@ class HourFiles:
         if content is None:
             raise HourFileGone(file)
         parsed = _parsed(content, file)
-        stated = parsed.metadata.get("source_id"), parsed.metadata.get("hour")
-        if stated != (source_id, str(hour)):
-            raise HourFileDamaged(f"{file} says it is hour {stated[1]} of {stated[0]}")
+        _require(parsed.metadata, source_id, hour, file)
         return parsed
+
+    def _read_head(self, source_id: str, hour: int, file: str) -> Parsed:
+        """Read what a file says of itself and its slots alone, and see that it is as long as it says.
+
+        Raises HourFileGone and HourFileDamaged.
+        """
+        prefix, last = bytearray(_LENGTH.size), bytearray(1)
+        self._read_ranges(source_id, hour, file, [(0, memoryview(prefix))])
+        (size,) = _LENGTH.unpack(prefix)
+        if size > _MAX_HEADER_BYTES:
+            raise HourFileDamaged(f"{file} is no segment: its header would be {size} bytes")
+        head = bytearray(size)
+        self._read_ranges(source_id, hour, file, [(_LENGTH.size, memoryview(head))])
+        metadata, places = _header(bytes(head), file)
+        _require(metadata, source_id, hour, file)
+        if "slots" not in places:
+            raise HourFileDamaged(f"{file} is no segment: it has no slots")
+        end = max(stop for _, stop in places.values())
+        slots = bytearray(max(places["slots"][1] - places["slots"][0], 0))
+        self._read_ranges(source_id, hour, file, [(places["slots"][0], memoryview(slots)), (end - 1, memoryview(last))])
+        return Parsed(metadata, {name: start for name, (start, _) in places.items()}, {"slots": bytes(slots)}, end)
 
     def _read_ranges(self, source_id: str, hour: int, file: str, ranges: Sequence[tuple[int, memoryview]]) -> None:
         """Fill each target from an offset of a file on. Raises HourFileGone and HourFileDamaged."""
@@ -167,17 +197,36 @@ def _serialized(tensors: Mapping[str, tuple[str, NDArray[Any]]], metadata: Mappi
 def _parsed(content: bytes, file: str) -> Parsed:
     try:
         (size,) = _LENGTH.unpack_from(content)
-        header = json.loads(content[_LENGTH.size : _LENGTH.size + size])
-        metadata = header.pop("__metadata__")
-        data_at = _LENGTH.size + size
-        places = {name: [data_at + offset for offset in about["data_offsets"]] for name, about in header.items()}
-        tensors = {name: content[start:end] for name, (start, end) in places.items()}
-        checksum = metadata["checksum"]
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise HourFileDamaged(f"{file} is no segment: {type(error).__name__}") from None
-    if _checksum(tensors[name] for name in sorted(tensors)) != checksum:
+    except struct.error:
+        raise HourFileDamaged(f"{file} is no segment: it is cut off") from None
+    metadata, places = _header(content[_LENGTH.size : _LENGTH.size + size], file)
+    tensors = {name: content[start:end] for name, (start, end) in places.items()}
+    if _checksum(tensors[name] for name in sorted(tensors)) != metadata["checksum"]:
         raise HourFileDamaged(f"{file} is not as it was written: its checksum differs")
     return Parsed(metadata, {name: start for name, (start, _) in places.items()}, tensors, len(content))
+
+
+def _header(text: bytes, file: str) -> tuple[dict[str, str], dict[str, tuple[int, int]]]:
+    """Return a file's metadata, and where each tensor begins and ends in it. Raises HourFileDamaged."""
+    try:
+        header = json.loads(text)
+        metadata = {str(name): str(value) for name, value in header.pop("__metadata__").items()}
+        data_at = _LENGTH.size + len(text)
+        places = {}
+        for name, about in header.items():
+            start, end = about["data_offsets"]
+            places[name] = data_at + int(start), data_at + int(end)
+        metadata["checksum"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise HourFileDamaged(f"{file} is no segment: {type(error).__name__}") from None
+    return metadata, places
+
+
+def _require(metadata: Mapping[str, str], source_id: str, hour: int, file: str) -> None:
+    """Raise HourFileDamaged if a file does not say that it is this hour of this source."""
+    stated = metadata.get("source_id"), metadata.get("hour")
+    if stated != (source_id, str(hour)):
+        raise HourFileDamaged(f"{file} says it is hour {stated[1]} of {stated[0]}")
 
 
 def _checksum(parts: Iterable[bytes]) -> str:

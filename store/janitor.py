@@ -17,6 +17,7 @@ from store.hot import has_tokens
 from store.hour_files import HourFileDamaged
 from store.leases import Leases
 from store.memory import Erased, Memory
+from store.recovery import Recovery
 from store.settings import StoreSettings
 from store.sources import Kept, Source, Sources, Stream, Video
 from store.timeline import NOTHING_ERASED, Timeline
@@ -42,6 +43,8 @@ class Janitor:
     """Sweeps the store again and again; of several janitors one works, by a lease."""
 
     def __init__(self, redis: Redis, sources: Sources, memory: Memory, settings: StoreSettings) -> None:
+        self._recovery = Recovery(redis, sources, memory, settings.segments_root)
+        self._recovered = False
         self._redis = redis
         self._sources = sources
         self._memory = memory
@@ -59,6 +62,9 @@ class Janitor:
             while True:
                 try:
                     held = await self._hold(held)
+                    if held and not self._recovered:
+                        await self._recovery.run()
+                        self._recovered = True
                     if held:
                         await self.sweep()
                 except StoreUnavailable as error:
@@ -89,6 +95,7 @@ class Janitor:
         # A frame may still be on its way when a source is purged: only one found empty twice is forgotten.
         forgotten = clean & self._clean
         for source_id in forgotten:
+            await self._recovery.forget(source_id)
             await self._sources.forget(source_id)
             self._steps.pop(source_id, None)
             self._unpacked.pop(source_id, None)
@@ -97,6 +104,8 @@ class Janitor:
             await self._memory.scrub()
         videos = [kept.source for kept in everything if isinstance(kept.source, Video) and not kept.purge]
         uploads = await asyncio.to_thread(self._erase_uploads, videos)
+        for source in stays:
+            await self._recovery.note(source)
         sealed = sum([await self._seal(source) for source in stays])
         report = SweepReport(sealed, frames, keyframes, uploads, len(forgotten))
         if report != SweepReport():

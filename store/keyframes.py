@@ -94,6 +94,18 @@ class Keyframes:
         await asyncio.to_thread(self._files.remove_if_empty, [f"{self._folder(source_id)}/{hour}"])
         return True
 
+    async def adopt(self, source_id: str, found: Pack, lost: Pack | None) -> bool:
+        """Let a pack count of whose hour none is known, or one (`lost`) that is not there any more.
+
+        False, and nothing is changed, if the hour changed meanwhile.
+        """
+        changes = await self._packed.changes(source_id, found.hour)
+        return await self._packed.replace(source_id, found.hour, lost, found, changes=changes)
+
+    async def packed(self, source_id: str) -> list[Pack]:
+        """Return the packs of the hours that are packed, in order."""
+        return await self._packed.between(source_id)
+
     async def erase(self, source_id: str, start: int | None = None, end: int | None = None) -> int:
         """Erase the keyframes of slots [start, end) and return how many; None leaves a side unbounded."""
         erased = await self._erase(source_id, start, end, start, end)

@@ -55,6 +55,10 @@ class Packs(HourFiles):
         """Return the slots (n,) of the source that the pack has, ascending. Raises HourFileGone and HourFileDamaged."""
         return (await asyncio.to_thread(self._index, source_id, pack)).slots
 
+    async def describe(self, source_id: str, hour: int, file: str) -> Pack:
+        """Return what a pack says it is, without reading its pictures. Raises HourFileDamaged and HourFileGone."""
+        return _described(file, await asyncio.to_thread(self._read_head, source_id, hour, file))
+
     def _write(self, source_id: str, hour: int, generation: int, jpegs: Mapping[int, bytes]) -> Pack:
         slots = sorted(jpegs)
         tensors: dict[str, tuple[str, NDArray[Any]]] = {

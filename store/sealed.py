@@ -165,8 +165,27 @@ class SealedHours(_Hours[Manifest, TimelineKeys]):
         False, and nothing is changed, if the hour is not any more as it was when `old` and `changes` were read, or if
         anything of the source was erased since `as_of`.
         """
-        keys, format = self.keys(source_id), self._format
         blocks = list(range(hour * BLOCKS_PER_HOUR, (hour + 1) * BLOCKS_PER_HOUR))
+        return await self._swap(source_id, hour, old, new, blocks, changes=changes, as_of=as_of, gone=gone)
+
+    async def adopt(self, source_id: str, found: Manifest, lost: Manifest | None) -> bool:
+        """Let `found` stand for its hour instead of `lost`; hot blocks stay. False if the hour changed meanwhile."""
+        changes, gone = await self.changes(source_id, found.hour), (0 if lost is None else lost.frames) - found.frames
+        return await self._swap(source_id, found.hour, lost, found, [], changes=changes, as_of=None, gone=gone)
+
+    async def _swap(
+        self,
+        source_id: str,
+        hour: int,
+        old: Manifest | None,
+        new: Manifest | None,
+        blocks: Sequence[int],
+        *,
+        changes: str,
+        as_of: str | None,
+        gone: int,
+    ) -> bool:
+        keys, format = self.keys(source_id), self._format
         named = [keys.changes, keys.hours, keys.sealed, erased_key(source_id)]
         named += [keys.blocks, keys.frames, formats_key(source_id), *keys.of_blocks(blocks)]
         about: list[str | int] = [hour, changes, _text(old), _text(new), _ANY_MARK if as_of is None else as_of]

@@ -62,6 +62,10 @@ class Segments(HourFiles):
         """Read a whole segment and return what it is. Raises HourFileDamaged and HourFileGone."""
         return _described(file, await asyncio.to_thread(self._read_whole, source_id, hour, file))
 
+    async def describe(self, source_id: str, hour: int, file: str) -> tuple[TokenFormat, Manifest]:
+        """Return what a segment says it is, without reading its tokens. Raises HourFileDamaged and HourFileGone."""
+        return _described(file, await asyncio.to_thread(self._read_head, source_id, hour, file))
+
     def _write(self, source_id: str, format: TokenFormat, hour: int, generation: int, rows: Hour) -> Manifest:
         tensors = {
             "tokens": (format.dtype, rows.tokens.astype(format.numpy_dtype, copy=False)),

@@ -473,6 +473,30 @@ class Sources:
             *(video for video in videos if video.status in ("queued", "processing")),
         ]
 
+    async def restore(self, source: Source) -> bool:
+        """Register a source under its own id again; False if it is registered.
+
+        A stream comes back disabled and without its password: nobody kept that. If another one has its name or address
+        by now it comes back deleted: unlisted, its memory answers until retention takes it.
+        """
+        if isinstance(source, Video):
+            new = NewVideo(**source.model_dump(include=set(NewVideo.model_fields)))
+            record = _VideoRecord(id=source.id, new=new, created_at=source.created_at)
+            status = VideoStatus(**source.model_dump(include=set(VideoStatus.model_fields)))
+            await self._redis.set(_status_key(source.id), status.model_dump_json())
+            return await self._replace_video(None, record)
+        stream = source.model_copy(update={"enabled": False, "has_password": False})
+        try:
+            done = await self._replace_stream(None, _StreamRecord(stream=stream, secret=None))
+        except StreamExists:
+            stream = stream.model_copy(update={"deleted": True})
+            done = await self._replace_stream(None, _StreamRecord(stream=stream, secret=None))
+        if stream.deleted:
+            await self._redis.zrem(f"{_STREAMS}:order", stream.id)
+        if done:
+            await self._wait_anew(stream)
+        return done
+
     async def everything(self) -> list[Kept]:
         """Return every source that anything may be kept of, deleted and purged ones included."""
         raw: dict[Any, Any] = await self._redis.hgetall(_VIDEOS)

@@ -168,6 +168,13 @@ class Timeline:
         merged = _merged(kept, rows, is_new)
         return await self._replace(source_id, hour, old, merged, changes, as_of)
 
+    async def adopt(self, source_id: str, found: Manifest, lost: Manifest | None) -> bool:
+        """Let a segment count of whose hour none is known, or one (`lost`) that is not there any more.
+
+        What is hot of the hour counts before it. False, and nothing is changed, if the hour changed meanwhile.
+        """
+        return await self._sealed.adopt(source_id, found, lost)
+
     async def erase(self, source_id: str, start: int | None = None, end: int | None = None) -> ErasedFrames:
         """Erase the slots [start, end) for good; None leaves a side unbounded."""
         erased = NOTHING_ERASED

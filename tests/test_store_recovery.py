@@ -1,0 +1,313 @@
+"""What Redis forgot is known again from the files beside it."""
+
+import asyncio
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cryptography.fernet import Fernet
+from pydantic import SecretStr
+
+from store.cipher import Cipher
+from store.connection import StoreRedis
+from store.files import Files
+from store.format import HOUR_SLOTS
+from store.hot import FrameNotKept
+from store.keyframes import Keyframes
+from store.leases import Leases
+from store.memory import Memory
+from store.recovery import Recovered, Recovery
+from store.segments import Segments
+from store.sources import Gap, NewStream, NewVideo, Sources, Stream, StreamNotFound, Video, VideoStatus
+from store.timeline import Timeline
+from tests.test_store_timeline import FORMAT, entry
+
+FIRST = int(time.time()) // HOUR_SLOTS - 50  # an hour behind the registration of streams counts as not registered
+CAMERA = NewStream(
+    name="door", url="rtsp://cam/door", username="eve", password=SecretStr("s3cret"), labels={"site": "north"}
+)
+
+
+@dataclass
+class Place:
+    """A Redis, a root of files, and all that keeps memory in both."""
+
+    redis: StoreRedis
+    root: str
+    sources: Sources
+    timeline: Timeline
+    memory: Memory
+
+    def recovery(self) -> Recovery:
+        return Recovery(self.redis, self.sources, self.memory, self.root)
+
+    async def remember(self, source_id: str, slots: Sequence[int], mark: int = 0) -> None:
+        epoch = await Leases(self.redis).acquire(source_id, "writer", 60)
+        assert epoch is not None
+        await self.memory.keyframes.put_many({(source_id, slot): f"{slot}".encode() for slot in slots})
+        await self.timeline.append(source_id, epoch, [entry(slot, mark) for slot in slots])
+        await Leases(self.redis).release("writer", {source_id: epoch})
+
+    async def seal(self, source_id: str, *hours: int) -> None:
+        for hour in hours:
+            assert await self.timeline.seal(source_id, hour)
+            assert await self.memory.keyframes.pack(source_id, hour)
+
+    async def camera(self, new: NewStream = CAMERA) -> Stream:
+        stream = await self.sources.create_stream(new)
+        await self.recovery().note(stream)
+        return stream
+
+    def note(self, source_id: str) -> Path:
+        return Path(self.root) / source_id / "note" / "source.json"
+
+    async def content(self, source_id: str) -> tuple[list[int], bytes, bytes, bytes, list[bytes]]:
+        slots = await self.timeline.slots(source_id, 0, 10**12)
+        return (
+            slots.tolist(),
+            (await self.timeline.read(source_id, slots)).tobytes(),
+            (await self.timeline.times(source_id, slots)).tobytes(),
+            (await self.timeline.vectors(source_id, slots)).tobytes(),
+            await self.memory.keyframes.get_many(source_id, slots.tolist()),
+        )
+
+
+def at(hour: int, *seconds: int) -> list[int]:
+    return [(FIRST + hour) * HOUR_SLOTS + second for second in seconds]
+
+
+def placed(redis: StoreRedis, root: str) -> Place:
+    sources = Sources(redis, Cipher(SecretStr(Fernet.generate_key().decode())))
+    segments = Segments(root)
+    memory = Memory(redis, segments, Keyframes(redis, root))
+    return Place(redis, root, sources, Timeline(redis, FORMAT, segments), memory)
+
+
+@pytest.fixture
+def place(redis: StoreRedis, segments_root: str) -> Place:
+    return placed(redis, segments_root)
+
+
+@pytest.fixture
+def on_disk(redis: StoreRedis, tmp_path: Path) -> Place:
+    """A place whose files are on this disk, so that a test can damage them."""
+    return placed(redis, str(tmp_path))
+
+
+def files(place: Place, hour: int, label: str) -> list[Path]:
+    return sorted(Path(place.root).glob(f"*/hours/{FIRST + hour}/{label}-*"))
+
+
+async def test_a_redis_that_lost_everything_knows_cameras_and_sealed_hours_again(place):
+    stream = await place.camera()
+    await place.remember(stream.id, at(0, 1, 5, 3599) + at(1, 0) + at(2, 7))
+    await place.seal(stream.id, FIRST, FIRST + 1, FIRST + 2)
+    before = await place.content(stream.id)
+    await place.redis.flushall()
+    assert await place.recovery().run() == Recovered(sources=1, hours=3, packs=3)
+    assert await place.content(stream.id) == before
+    assert await place.timeline.count(stream.id) == 5
+    again = await place.sources.get_stream(stream.id)
+    assert again == stream.model_copy(update={"enabled": False, "has_password": False})
+    assert (await place.sources.status(stream.id)).state == "disabled"
+    assert [one.id for one in (await place.sources.list_streams()).items] == [stream.id]
+    assert await place.recovery().run() == Recovered()
+    enabled = await place.sources.update_stream(stream.id, enabled=True, password="s3cret")
+    assert enabled.has_password
+
+
+async def test_a_video_comes_back_as_it_was(place):
+    video = await place.sources.create_video(NewVideo(name="film", url="http://host/film.mp4", recorded_at=5.0))
+    await place.recovery().note(video)  # while it is still read nothing is noted: it would never be finished
+    await place.remember(video.id, [1, 2, HOUR_SLOTS])
+    epoch = await Leases(place.redis).acquire(video.id, "reader", 60)
+    assert epoch is not None
+    await place.sources.set_video_status(video.id, epoch, VideoStatus(status="ready", progress=1, duration_s=3602.5))
+    await place.seal(video.id, 0, 1)
+    await place.redis.delete("unrelated")
+    await place.recovery().note(await place.sources.get_video(video.id))
+    known, before = await place.sources.get_video(video.id), await place.content(video.id)
+    await place.redis.flushall()
+    assert await place.recovery().run() == Recovered(sources=1, hours=2, packs=2)
+    assert await place.sources.get_video(video.id) == known
+    assert await place.content(video.id) == before
+    assert isinstance(await place.sources.source(video.id), Video)
+    assert await place.sources.claimable() == []
+
+
+async def test_no_note_holds_a_password(place):
+    stream = await place.camera()
+    assert stream.has_password
+    [note] = Files(place.root).read([f"{Files(place.root).folder(stream.id, 'note')}/source.json"])
+    assert note is not None
+    assert b"s3cret" not in note
+    assert json.loads(note)["source"]["name"] == "door"
+
+
+async def test_what_is_hot_stands_beside_what_is_found(place):
+    stream = await place.camera()
+    await place.remember(stream.id, at(0, 1, 5))
+    await place.seal(stream.id, FIRST)
+    await place.redis.flushall()
+    await place.sources.restore(stream)
+    await place.remember(stream.id, at(0, 5, 9), mark=3)  # the camera went on before anyone looked at the files
+    assert await place.recovery().run() == Recovered(hours=1, packs=1)
+    slots, tokens, *_ = await place.content(stream.id)
+    assert slots == at(0, 1, 5, 9)
+    marks = zip(slots, (0, 3, 3), strict=True)
+    assert tokens == b"".join(entry(slot, mark).tokens.tobytes() for slot, mark in marks)
+    await place.seal(stream.id, FIRST)
+    assert (await place.content(stream.id))[:2] == (slots, tokens)
+    assert await place.timeline.count(stream.id) == 3
+
+
+async def test_a_name_that_is_taken_again_leaves_the_old_memory_readable(place):
+    stream = await place.camera()
+    await place.remember(stream.id, at(0, 1))
+    await place.seal(stream.id, FIRST)
+    await place.redis.flushall()
+    other = await place.sources.create_stream(CAMERA)
+    assert (await place.recovery().run()).sources == 1
+    assert [one.id for one in (await place.sources.list_streams()).items] == [other.id]
+    assert (await place.content(stream.id))[0] == at(0, 1)
+    assert (await place.sources.source(stream.id)).name == "door"
+    with pytest.raises(StreamNotFound):
+        await place.sources.get_stream(stream.id)
+
+
+async def test_a_purged_source_does_not_come_back(place):
+    stream = await place.camera()
+    await place.remember(stream.id, at(0, 1))
+    await place.seal(stream.id, FIRST)
+    await place.sources.delete_stream(stream.id, purge=True)
+    await place.memory.erase(stream.id)
+    await place.recovery().forget(stream.id)
+    await place.sources.forget(stream.id)
+    await place.remember(stream.id, at(0, 2))  # a straggler
+    assert await place.recovery().run() == Recovered()
+    with pytest.raises(LookupError):
+        await place.sources.source(stream.id)
+
+
+async def test_an_erasure_that_died_before_its_files_were_removed_is_finished(on_disk):
+    stream = await on_disk.camera()
+    await on_disk.remember(stream.id, at(0, 1, 2) + at(1, 1, 2))
+    await on_disk.seal(stream.id, FIRST, FIRST + 1)
+    doomed = [*files(on_disk, 0, ""), *files(on_disk, 0, "*")]
+    kept = {path: path.read_bytes() for path in doomed}
+    assert len(kept) == 2
+    gap = Gap(start_slot=at(0, 0)[0], end_slot=at(1, 0)[0], reason="erased")
+    await on_disk.sources.add_gaps(stream.id, None, [gap])
+    await on_disk.memory.erase(stream.id, gap.start_slot, gap.end_slot)
+    for path, content in kept.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    await on_disk.recovery().run()
+    assert (await on_disk.content(stream.id))[0] == at(1, 1, 2)
+    with pytest.raises(FrameNotKept):
+        await on_disk.memory.keyframes.get(stream.id, at(0, 1)[0])
+    assert not any(path.exists() for path in kept)
+
+
+async def test_files_that_were_superseded_are_removed(on_disk):
+    stream = await on_disk.camera()
+    await on_disk.remember(stream.id, at(0, 1))
+    await on_disk.seal(stream.id, FIRST)
+    old = {path: path.read_bytes() for path in files(on_disk, 0, "*")}
+    await on_disk.remember(stream.id, at(0, 2))
+    await on_disk.seal(stream.id, FIRST)
+    for path, content in old.items():
+        path.write_bytes(content)
+    before = await on_disk.content(stream.id)
+    assert await on_disk.recovery().run() == Recovered()
+    assert not any(path.exists() for path in old)
+    assert await on_disk.content(stream.id) == before
+
+
+async def test_a_redis_that_is_a_second_behind_finds_the_newer_file(on_disk):
+    """Power was lost after an hour was sealed anew and its old file removed, and Redis had not synced that yet."""
+    stream = await on_disk.camera()
+    await on_disk.remember(stream.id, at(0, 1))
+    await on_disk.seal(stream.id, FIRST)
+    manifests = {key: await on_disk.redis.dump(key) for key in await on_disk.redis.keys("*") if b"seal" in key}
+    manifests |= {key: await on_disk.redis.dump(key) for key in await on_disk.redis.keys("*:packs")}
+    await on_disk.remember(stream.id, at(0, 2))
+    await on_disk.seal(stream.id, FIRST)
+    before = await on_disk.content(stream.id)
+    for key, value in manifests.items():
+        await on_disk.redis.restore(key, 0, value, replace=True)
+    assert await on_disk.recovery().run() == Recovered(hours=1, packs=1)
+    assert await on_disk.content(stream.id) == before
+
+
+@pytest.mark.parametrize("damage", ["cut", "text", "empty", "other"])
+async def test_a_damaged_file_is_named_and_the_other_hours_come_back(on_disk, caplog, damage):
+    stream = await on_disk.camera()
+    await on_disk.remember(stream.id, at(0, 1) + at(1, 1))
+    await on_disk.seal(stream.id, FIRST, FIRST + 1)
+    [segment] = files(on_disk, 0, FORMAT.fingerprint)
+    [other] = files(on_disk, 1, FORMAT.fingerprint)
+    content = segment.read_bytes()
+    segment.write_bytes(
+        {"cut": content[:-1], "text": b"not a segment at all", "empty": b"", "other": other.read_bytes()}[damage]
+    )
+    await on_disk.redis.flushall()
+    assert await on_disk.recovery().run() == Recovered(sources=1, hours=1, packs=2, lost=1)
+    assert segment.name in caplog.text
+    assert (await on_disk.content(stream.id))[0] == at(1, 1)
+
+
+@pytest.mark.parametrize("note", [b"", b"{}", b"\xff", b'{"version": 1, "source": {"id": "str_x"}}'])
+async def test_a_note_that_says_nothing_brings_nothing_back(on_disk, note):
+    stream = await on_disk.camera()
+    path = on_disk.note(stream.id)
+    path.write_bytes(note)
+    await on_disk.redis.flushall()
+    assert await on_disk.recovery().run() == Recovered()
+    with pytest.raises(LookupError):
+        await on_disk.sources.source(stream.id)
+
+
+async def test_a_note_of_another_source_is_refused(on_disk, caplog):
+    stream = await on_disk.camera()
+    path = on_disk.note(stream.id)
+    moved = on_disk.note("str_other")
+    moved.parent.mkdir(parents=True)
+    path.rename(moved)
+    await on_disk.redis.flushall()
+    assert await on_disk.recovery().run() == Recovered()
+    assert "speaks of" in caplog.text
+
+
+async def test_nothing_is_lost_when_hours_are_sealed_and_erased_during_a_recovery(on_disk):
+    stream = await on_disk.camera()
+    for hour in range(6):
+        await on_disk.remember(stream.id, at(hour, *range(0, 3600, 400)))
+    done = False
+
+    async def recover() -> None:
+        while not done:
+            await on_disk.recovery().run()
+
+    looking = [asyncio.create_task(recover()) for _ in range(3)]
+    for hour in range(6):
+        while not await on_disk.timeline.seal(stream.id, FIRST + hour):
+            pass
+        while not await on_disk.memory.keyframes.pack(stream.id, FIRST + hour):
+            pass
+        erased = at(hour, 400)[0]
+        await on_disk.sources.add_gaps(stream.id, None, [Gap(start_slot=erased, end_slot=erased + 1, reason="erased")])
+        await on_disk.memory.erase(stream.id, erased, erased + 1)
+    done = True
+    await asyncio.gather(*looking)
+    expected = [slot for hour in range(6) for slot in at(hour, *range(0, 3600, 400)) if slot != at(hour, 400)[0]]
+    slots, tokens, *_, pictures = await on_disk.content(stream.id)
+    assert slots == expected
+    assert tokens == b"".join(entry(slot).tokens.tobytes() for slot in expected)
+    assert pictures == [f"{slot}".encode() for slot in expected]
+    assert await on_disk.timeline.count(stream.id) == len(expected)
+    assert np.array_equal(await on_disk.timeline.present(stream.id, *at(0, 400, 401)), [False])
