@@ -55,7 +55,7 @@ from store.janitor import Janitor
 from store.keyframes import Keyframes
 from store.leases import Leases
 from store.memory import Memory
-from store.moments import Moment, Moments, Span
+from store.moments import Found, Moments, Span
 from store.segments import Segments
 from store.sources import Sources
 from store.timeline import Timeline
@@ -174,7 +174,10 @@ class Search:
         redis = _redis(settings)
         timeline = Timeline(redis, (await RemoteCompressor(compressor).facts()).format, _segments(settings))
         self._moments = Moments(timeline, settings.store)
-        self._erasures = asyncio.create_task(Erasures(redis).follow(self._moments.drop))
+        self._tasks = [
+            asyncio.create_task(Erasures(redis).follow(self._moments.forget)),
+            asyncio.create_task(self._moments.loader(_sources(settings, redis)).run()),
+        ]
 
     async def search(
         self,
@@ -184,7 +187,7 @@ class Search:
         top_k: int,
         min_score: float | None,
         slots: Mapping[str, NDArray[np.int64]] | None,
-    ) -> list[Moment]:
+    ) -> Found:
         return await self._moments.search(vector, spans, top_k=top_k, min_score=min_score, slots=slots)
 
 

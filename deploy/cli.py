@@ -389,10 +389,10 @@ class Search(Ranged):
 
     def cli_cmd(self) -> None:
         with self.connect() as client:
-            moments = client.search(
+            found = client.search(
                 self.query, self.ranges(datetime.now(UTC), open_ended=True), top_k=self.top_k, min_score=self.min_score
             )
-        display.print_json(moments) if self.json_ else display.print_moments(moments)
+        display.print_json(found) if self.json_ else display.print_moments(found)
 
 
 class Erase(Ranged):

@@ -140,6 +140,21 @@ class Moment(_Read):
     frame_url: str | None = None
 
 
+class SearchCoverage(_Read):
+    """How much of what is remembered was searched; `partial` if not all."""
+
+    frames_kept: int
+    frames_searched: int
+    partial: bool
+
+
+class Moments(_Read):
+    """Moments, best first, and how much was searched for them."""
+
+    data: tuple[Moment, ...]
+    coverage: SearchCoverage
+
+
 class Citation(Moment):
     """A moment that an answer rests on, and the method that found it."""
 
@@ -163,6 +178,7 @@ class Coverage(_Read):
     stride: int = 1
     text_fusion: str
     fusion_frames: int = 0
+    partial: bool = False
     gaps: tuple[Gap, ...] = ()
 
 
@@ -447,12 +463,12 @@ class Client:
 
     def search(
         self, query: str, sources: Iterable[Range], *, top_k: int = 10, min_score: float | None = None
-    ) -> list[Moment]:
+    ) -> Moments:
         """Return the moments nearest to a text, best first."""
         body: dict[str, Any] = {"query": query, "sources": [source.body() for source in sources], "top_k": top_k}
         if min_score is not None:
             body["min_score"] = min_score
-        return [Moment.model_validate(one) for one in self._json("POST", "/v1/search", json=body)["data"]]
+        return Moments.model_validate(self._json("POST", "/v1/search", json=body))
 
     def erase(self, wanted: Range) -> Receipt:
         """Erase what is remembered of a range for good, and return the receipt."""

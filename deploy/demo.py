@@ -132,5 +132,6 @@ def _search(client: Client, video_id: str, judged: bool) -> list[str]:
     print(f"\nmoments of the uploaded film that show {SOUGHT!r}:")
     found = client.search(SOUGHT, (Range(source_id=video_id),), top_k=3)
     print_moments(found)
-    right = bool(found) and isinstance(found[0].start, float) and found[0].start >= SEEN_FROM_S
+    best = found.data[0].start if found.data else None
+    right = isinstance(best, float) and best >= SEEN_FROM_S
     return [] if right or not judged else [f"the search for {SOUGHT}"]

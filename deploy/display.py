@@ -23,7 +23,7 @@ from deploy.client import (
     Coverage,
     Event,
     Health,
-    Moment,
+    Moments,
     Receipt,
     Stream,
     StreamHealth,
@@ -95,12 +95,15 @@ def print_video(video: Video) -> None:
     _print_facts(video.model_dump(mode="json"))
 
 
-def print_moments(moments: Iterable[Moment]) -> None:
-    """Print one line a moment, best first."""
+def print_moments(found: Moments) -> None:
+    """Print one line a moment, best first, and what was left out."""
     rows = [
-        (one.source_id, _time(one.start), _time(one.end), f"{one.score:.3f}", one.frame_url or "") for one in moments
+        (one.source_id, _time(one.start), _time(one.end), f"{one.score:.3f}", one.frame_url or "") for one in found.data
     ]
     _print_table(("source", "from", "to", "score", "keyframe"), rows, none="nothing found")
+    if found.coverage.partial:
+        searched, kept = found.coverage.frames_searched, found.coverage.frames_kept
+        print(f"partial: {searched} of {kept} frames were searched; the others are being loaded, search again later")
 
 
 def print_receipts(receipts: Iterable[Receipt]) -> None:
@@ -223,6 +226,7 @@ def _coverage(coverage: Coverage) -> str:
     return (
         f"coverage: {coverage.frames_used} of {coverage.slots_expected} slots, stride {coverage.stride}, "
         f"text fusion {printable(coverage.text_fusion)}{fused}"
+        + (", citations from a part of the frames" if coverage.partial else "")
     )
 
 

@@ -39,7 +39,7 @@ from qa_service.errors import (
     UnsupportedMedia,
 )
 from qa_service.schemas import AnswerEvent, ModelBody, Question, StreamProbe, StreamProbeRequest
-from store.moments import Moment, Span
+from store.moments import Found, Span
 
 logger = logging.getLogger(__name__)
 
@@ -199,7 +199,7 @@ class RemoteMoments:
         top_k: int,
         min_score: float | None = None,
         slots: Mapping[str, NDArray[np.int64]] | None = None,
-    ) -> list[Moment]:
+    ) -> Found:
         narrowed = None if slots is None else dict(slots)
         with plain_errors("search"):
             return await self._handle.search.remote(

@@ -196,8 +196,8 @@ class Served:
         ranges = [one.range for one in searched]
 
         def find(text: str) -> list[View]:
-            moments = self._client.search(text, ranges, top_k=SEARCH_HITS)
-            return [clips[one.source_id][int(float(one.time))] for one in moments]
+            found = self._client.search(text, ranges, top_k=SEARCH_HITS)
+            return [clips[one.source_id][int(float(one.time))] for one in found.data]
 
         service = score_search([view for views in clips.values() for view in views], find)
         assert service is not None

@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -96,6 +96,15 @@ class Plan:
         """Name the rows in front of the question: the same frames, fused in the same way, behind the same text."""
         frames = tuple((one.reading.source.id, hashlib.sha256(one.slots.tobytes()).digest()) for one in self.used)
         return tuple(ids_before), frames, self.fusion, self.fusion_frames
+
+
+@dataclass(frozen=True, slots=True)
+class _Support:
+    """What supports an answer: citations, from a search that was `partial` or not, and a note if there can be none."""
+
+    citations: list[Citation] = field(default_factory=list)
+    partial: bool = False
+    note: str | None = None
 
 
 class Stopwatch:
@@ -235,19 +244,19 @@ class Answerer:
             answer = "".join(pieces)
             if not answer.strip():
                 raise EmptyAnswer("The model had nothing to say; ask in other words, or about another range.")
-            citations, note = await watch.within(finding)
+            support = await watch.within(finding)
         finally:
             finding.cancel()
             await asyncio.gather(finding, return_exceptions=True)
-        yield AnswerCitations(citations=citations)
+        yield AnswerCitations(citations=support.citations)
         yield Answer(
             id=created.id,
             created=created.created,
             model=self._model_name,
             answer=answer,
             finish_reason="length" if made >= question.max_output_tokens else "stop",
-            citations=citations,
-            coverage=_coverage(plan, note),
+            citations=support.citations,
+            coverage=_coverage(plan, support),
             usage=self._usage(plan, made),
             timing_ms=Timing(load=load_ms, fusion=fusion_ms, first_token=first_token_ms, total=watch.ms()),
         )
@@ -375,21 +384,21 @@ class Answerer:
 
     # What is told beside the answer
 
-    async def _find(self, question: str, plan: Plan) -> tuple[list[Citation], str | None]:
+    async def _find(self, question: str, plan: Plan) -> "_Support":
         """Return the used moments that look most like the question, or a note why there are none."""
         if not self._settings.citations:
-            return [], None
+            return _Support()
         spans = [Span(one.reading.source.id, one.reading.start, one.reading.end) for one in plan.used]
         try:
             [vector] = await self._space.embed_text([question])
-            moments = await self._moments.search(
+            found = await self._moments.search(
                 vector, spans, top_k=self._settings.citations, slots=_slots_by_source(plan.used)
             )
         except (SearchUnavailable, QueueFull, ScalingUp) as error:
             logger.info("no citations: %s", error)
-            return [], f"The answer has no citations: {error.message}"
+            return _Support(note=f"The answer has no citations: {error.message}")
         sources = {one.reading.source.id: one.reading.source for one in plan.used}
-        return [_citation(sources[moment.source_id], moment) for moment in moments], None
+        return _Support([_citation(sources[moment.source_id], moment) for moment in found.moments], found.partial)
 
     def _usage(self, plan: Plan, made: int) -> Usage:
         video_tokens = plan.frames * self._model.config.tokens_per_frame
@@ -402,14 +411,15 @@ class Answerer:
         )
 
 
-def _coverage(plan: Plan, note: str | None) -> Coverage:
-    notes = [one.reading.note for one in plan.used] + [note]
+def _coverage(plan: Plan, support: _Support) -> Coverage:
+    notes = [one.reading.note for one in plan.used] + [support.note]
     return Coverage(
         slots_expected=sum(expected(one.reading, plan.stride) for one in plan.used),
         frames_used=plan.frames,
         stride=plan.stride,
         text_fusion=plan.fusion,
         fusion_frames=plan.fusion_count,
+        partial=support.partial,
         gaps=[
             CoverageGap(source_id=one.reading.source.id, **gap.model_dump())
             for one in plan.used

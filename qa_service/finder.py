@@ -3,7 +3,7 @@
 from qa_service import clock
 from qa_service.coverage import RangeReader, frame_url, write_slot
 from qa_service.errors import inverted
-from qa_service.schemas import MomentBody, MomentList, SearchRequest, StreamRange, VideoRange
+from qa_service.schemas import MomentBody, MomentList, SearchCoverage, SearchRequest, StreamRange, VideoRange
 from qa_service.seams import MomentSearch, SearchSpace
 from store.moments import Span
 from store.sources import Source
@@ -48,8 +48,11 @@ class Finder:
                     score=round(one.score, 4),
                     frame_url=frame_url(sources[one.source_id], one.slot),
                 )
-                for one in found
-            ]
+                for one in found.moments
+            ],
+            coverage=SearchCoverage(
+                frames_kept=found.frames_kept, frames_searched=found.frames_searched, partial=found.partial
+            ),
         )
 
 

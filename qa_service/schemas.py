@@ -489,6 +489,9 @@ class Coverage(Body):
     stride: int
     text_fusion: Literal["exact", "sampled", "none"]
     fusion_frames: int
+    partial: bool = Field(
+        default=False, description="True if the citations come from a search that had not all of the frames loaded yet."
+    )
     gaps: list[CoverageGap]
     notes: list[str] = Field(default_factory=list, description="What else limits the answer, for people.")
 
@@ -606,9 +609,20 @@ class MomentBody(Body):
     frame_url: str
 
 
+class SearchCoverage(Body):
+    """How much of what is remembered of the ranges was searched."""
+
+    frames_kept: int
+    frames_searched: int
+    partial: bool = Field(
+        description="True if not all was searched: hours that are not loaded yet are read newest first, for a while."
+    )
+
+
 class MomentList(Body):
     object: Literal["list"] = "list"
     data: list[MomentBody]
+    coverage: SearchCoverage
     has_more: Literal[False] = False
     next_cursor: None = None
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qa_service.schemas import AnswerEvent, ModelBody, Question, StreamProbe, StreamProbeRequest
-from store.moments import Moment, Span
+from store.moments import Found, Span
 
 
 class TextFusion(Protocol):
@@ -44,7 +44,7 @@ class MomentSearch(Protocol):
         top_k: int,
         min_score: float | None = None,
         slots: Mapping[str, NDArray[np.int64]] | None = None,
-    ) -> list[Moment]:
+    ) -> Found:
         """Return the moments inside `spans` nearest to a vector (P,), best first; `slots` narrows them further."""
 
 

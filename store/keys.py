@@ -5,6 +5,9 @@ from dataclasses import dataclass
 
 PARTS = ("t", "p", "m", "v")  # of a block: tokens, presence bits, capture times, search vectors
 
+SEALED_MARK = "sealed"  # fields of marks beside those of hours
+BLOCK_MARK = "b"  # with the number of the block behind it
+
 # Lua: a mark that never was there before, for what has changed. Numbers that count would begin anew after a loss.
 NEW_MARK = """
 local time = redis.call('TIME')
@@ -66,7 +69,9 @@ class TimelineKeys:
     def changes(self) -> str:
         """Hash of marks by hour, and by block with a `b` before its number, until the hour is sealed.
 
-        Every write and erasure of a hot block leaves new ones.
+        Every write and erasure of a hot block leaves new ones. Every change of which hours are sealed, and by what, leaves
+        one under SEALED_MARK.
+        """
         """
         return f"{self._root}:changes"
 

@@ -3,28 +3,34 @@
 P width of the search vector.
 
 A source-hour is one flat FAISS shard, whose rows are the hour's present slots in order. So the time filter chooses
-shards and a range of rows, and nothing is ever deleted from an index. Hours that still grow are exact (float32);
-complete ones hold 8 bits a number. All of it is derived: at each search a shard is compared with the presence in the
-timeline and made again if it differs. That shows frames added and erased; a frame sent twice has the same vector.
+shards and rows of them, and nothing is ever deleted from an index. All of it is derived from the timeline: shards are
+loaded when the process starts, and a search makes those it misses itself, for as long as its patience lasts.
 """
 
 import asyncio
-from collections import OrderedDict
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Self
 
-import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from store.connection import StoreUnavailable
 from store.format import HOUR_SLOTS
-from store.hot import FrameNotKept
 from store.settings import StoreSettings
+from store.shard_cache import HourState, ShardCache, each
+from store.shard_loader import ShardLoader
+from store.shards import Rows, Shard, search_on_this_thread
+from store.sources import Sources
 from store.timeline import Timeline
 
 NEIGHBOUR_SLOTS = 2  # hits at most so far apart are one moment: one frame of another view does not cut it in two
 HITS_PER_MOMENT = 8  # frames that are looked at for each moment that is asked for, so that moments get their extent
+FIRST_HITS = 64  # of each shard; FAISS is as quick to return them as to return one
+DEEPER = 4  # times as many of a shard that may have more good ones
+MAX_THREADS = 8  # more only wait for memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,26 +54,17 @@ class Moment:
 
 
 @dataclass(frozen=True, slots=True)
-class _Shard:
-    """The vectors of an hour's present slots, row for row. Never changed: a new state is a new shard."""
+class Found:
+    """Moments, best first, and how many of the frames that are kept in the spans were looked at for them."""
 
-    slots: NDArray[np.int64]
-    index: Any  # faiss.IndexFlatIP or faiss.IndexScalarQuantizer
-    exact: bool
+    moments: tuple[Moment, ...]
+    frames_kept: int
+    frames_searched: int
 
     @property
-    def nbytes(self) -> int:
-        return len(self.slots) * (8 + self.index.d * (4 if self.exact else 1))
-
-    def scores(self, vector: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Return the cosine of each of the ascending rows with the vector (P,)."""
-        first, last = int(rows[0]), int(rows[-1]) + 1
-        whole = last - first == len(rows)
-        selector = faiss.IDSelectorRange(first, last) if whole else faiss.IDSelectorBatch(rows)
-        found, labels = self.index.search(vector[None], len(rows), params=faiss.SearchParameters(sel=selector))  # type: ignore[call-arg]
-        scores = np.full(len(self.slots), -np.inf, np.float32)
-        scores[labels[0][labels[0] >= 0]] = found[0][labels[0] >= 0]
-        return scores[rows]
+    def partial(self) -> bool:
+        """Whether anything that is kept was left out."""
+        return self.frames_searched < self.frames_kept
 
 
 class Moments:
@@ -76,10 +73,20 @@ class Moments:
     def __init__(self, timeline: Timeline, settings: StoreSettings) -> None:
         self._timeline = timeline
         self._max_bytes = settings.moments_max_bytes
-        self._settle_slots = settings.moments_settle_slots
-        self._shards: OrderedDict[tuple[str, int], _Shard] = OrderedDict()  # the longest unused first
-        self._bytes = 0
-        self._locks: dict[str, asyncio.Lock] = {}
+        self._patience_s = settings.moments_patience_s
+        self._cache = ShardCache(timeline, settings.moments_max_bytes)
+        self._threads = min(os.cpu_count() or 1, MAX_THREADS)
+        self._pool = ThreadPoolExecutor(self._threads, "moments", initializer=search_on_this_thread)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the shards that are held."""
+        return self._cache.nbytes
+
+    def loader(self, sources: Sources) -> ShardLoader:
+        """Return what loads the newest hours of all sources, so that searches need not."""
+        width = self._timeline.format.vector_width
+        return ShardLoader(self._cache, sources, width=width, max_bytes=self._max_bytes)
 
     async def search(
         self,
@@ -89,30 +96,37 @@ class Moments:
         top_k: int,
         min_score: float | None = None,
         slots: Mapping[str, NDArray[np.int64]] | None = None,
-    ) -> list[Moment]:
+    ) -> Found:
         """Return at most `top_k` moments of the spans, best first.
 
         Of the best frames those at most NEIGHBOUR_SLOTS apart make one moment. `slots` restricts the sources it names
-        to those slots.
+        to those slots. What could not be read in time is left out, and told.
         ValueError unless the vector is (P,) and finite.
         """
         query = self._checked(vector)
         if top_k < 1:
-            return []
-        found = await asyncio.gather(
-            *(
-                self._search_source(query, source_id, runs, None if slots is None else slots.get(source_id))
-                for source_id, runs in _by_source(spans).items()
-            )
-        )
-        hits = _Hits.join(found)
-        return hits.moments(top_k, -np.inf if min_score is None else min_score)
+            return Found((), 0, 0)
+        parts = await self._parts(spans, slots or {})
+        looks, missing = [], []
+        for part in parts:
+            shard = self._cache.get(part.state)
+            if shard is None:
+                missing.append(part)
+            else:
+                looks.append(_Look(part, shard))
+        made, failures = await self._made(missing)
+        if failures and not looks and not made:
+            raise failures[0]
+        looks = [look for look in (*looks, *made) if look.frames]
+        seen = {look.part.state.key for look in made}
+        left_out = sum([await self._frames(part) for part in missing if part.state.key not in seen])
+        searched = sum(look.frames for look in looks)
+        moments = await self._moments(query, looks, top_k, -np.inf if min_score is None else min_score)
+        return Found(tuple(moments), searched + left_out, searched)
 
-    async def drop(self, source_id: str) -> None:
-        """Free the shards of a source."""
-        for key in [key for key in self._shards if key[0] == source_id]:
-            self._forget(key)
-        self._locks.pop(source_id, None)
+    async def forget(self, source_id: str) -> None:
+        """Let go of what is held of a source's hours that changed, for frames of it were erased."""
+        await self._cache.forget_erased(source_id)
 
     def _checked(self, vector: NDArray[np.float32]) -> NDArray[np.float32]:
         width = self._timeline.format.vector_width
@@ -121,142 +135,165 @@ class Moments:
             raise ValueError(f"the query vector is {query.shape}, wanted is a finite one of ({width},)")
         return query
 
-    async def _search_source(
-        self,
-        query: NDArray[np.float32],
-        source_id: str,
-        runs: Sequence[tuple[int, int]],
-        allowed: NDArray[np.int64] | None,
-    ) -> "_Hits":
-        found = []
-        extent = await self._timeline.extent(source_id)
-        if extent is None:
-            await self.drop(source_id)
-            return _Hits.join([])
-        settled = extent[1] - self._settle_slots
-        hours = _by_hour(runs, extent)
-        if not hours:
-            return _Hits.join([])
-        present = await self._timeline.slots(source_id, min(hours) * HOUR_SLOTS, (max(hours) + 1) * HOUR_SLOTS)
-        for hour, parts in hours.items():
-            mine = present[_between(present, hour * HOUR_SLOTS, (hour + 1) * HOUR_SLOTS)]
-            shard = await self._shard(source_id, hour, mine, complete=(hour + 1) * HOUR_SLOTS <= settled)
-            if shard is None:
+    async def _parts(self, spans: Sequence[Span], slots: Mapping[str, NDArray[np.int64]]) -> "list[_Part]":
+        """Return the parts of hours that the spans touch, the newest first."""
+        runs = _by_source(spans)
+        states = await self._cache.hours(list(runs))
+        parts = [
+            _Part(states[source_id][hour], tuple(mine), slots.get(source_id))
+            for source_id, asked in runs.items()
+            for hour, mine in _by_hour(asked, states[source_id]).items()
+        ]
+        return sorted(parts, key=lambda part: part.state.hour, reverse=True)
+
+    async def _made(self, missing: "Sequence[_Part]") -> "tuple[list[_Look], list[StoreUnavailable]]":
+        """Make missing shards in their order until the patience ends; return them, and why others cannot be made."""
+        looks: list[_Look] = []
+        failures: list[StoreUnavailable] = []
+
+        async def make(part: _Part) -> None:
+            try:
+                looks.append(_Look(part, await self._cache.make(part.state)))
+            except StoreUnavailable as error:
+                failures.append(error)
+
+        await each(missing, make, self._patience_s)
+        return looks, failures
+
+    async def _frames(self, part: "_Part") -> int:
+        """Return how many frames are kept of a part of which there is no shard."""
+        slots = part.state.slots
+        if slots is None:
+            first = part.state.hour * HOUR_SLOTS
+            slots = await self._timeline.slots(part.state.source_id, first, first + HOUR_SLOTS)
+        return part.rows(slots)[1]
+
+    async def _moments(
+        self, query: NDArray[np.float32], looks: "Sequence[_Look]", top_k: int, min_score: float
+    ) -> list[Moment]:
+        """Look into each shard as deep as the best moments of all of them need, and no deeper."""
+        wanted = top_k * HITS_PER_MOMENT
+        await self._deepen(query, looks)
+        while True:
+            hits = _Hits.of(looks, min_score)
+            bar = max(hits.score_of(wanted), min_score)
+            if short := [look for look in looks if look.floor > bar]:
+                await self._deepen(query, short)
                 continue
-            chosen = np.concatenate([_between(shard.slots, start, end) for start, end in parts])
-            if allowed is not None:
-                chosen = chosen[np.isin(shard.slots[chosen], allowed)]
-            if len(chosen):
-                scores = await asyncio.to_thread(shard.scores, query, chosen)
-                found.append(_Hits(np.full(len(chosen), source_id, object), shard.slots[chosen], scores))
-        return _Hits.join(found)
+            count, moments = hits.moments(wanted, top_k)
+            if count >= top_k or wanted >= len(hits.scores):
+                return moments
+            wanted *= 2  # one long scene took all the hits: look further
 
-    async def _shard(self, source_id: str, hour: int, present: NDArray[np.int64], *, complete: bool) -> _Shard | None:
-        """Return the shard of an hour of which these slots are kept, None if that is none."""
-        key = source_id, hour
-        async with self._locks.setdefault(source_id, asyncio.Lock()):  # two searches need not do the same work
-            while True:
-                known = self._shards.get(key)
-                if len(present) == 0:
-                    self._forget(key)
-                    return None
-                if known is not None and np.array_equal(known.slots, present) and not (known.exact and complete):
-                    self._shards.move_to_end(key)
-                    return known
-                try:
-                    vectors = await self._vectors(source_id, known, present)
-                    break
-                except FrameNotKept:  # erased in between
-                    present = await self._timeline.slots(source_id, hour * HOUR_SLOTS, (hour + 1) * HOUR_SLOTS)
-            shard = await asyncio.to_thread(_build, present, vectors, exact=not complete)
-            self._remember(key, shard)
-            return shard
+    async def _deepen(self, query: NDArray[np.float32], looks: "Sequence[_Look]") -> None:
+        def deepen(some: Sequence[_Look]) -> None:
+            for look in some:
+                look.deepen(query)
 
-    async def _vectors(self, source_id: str, known: _Shard | None, present: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Return the vectors of an hour (T, P), reading only those that an exact shard does not hold yet."""
-        if known is None or not known.exact:
-            return await self._timeline.vectors(source_id, present)
-        old = np.isin(present, known.slots)
-        vectors = np.empty((len(present), known.index.d), np.float32)
-        rows = np.flatnonzero(np.isin(known.slots, present))
-        vectors[old] = known.index.reconstruct_n(0, len(known.slots))[rows]
-        vectors[~old] = await self._timeline.vectors(source_id, present[~old])
-        return vectors
+        run = asyncio.get_running_loop().run_in_executor
+        await asyncio.gather(*(run(self._pool, deepen, looks[turn :: self._threads]) for turn in range(self._threads)))
 
-    def _remember(self, key: tuple[str, int], shard: _Shard) -> None:
-        self._forget(key)
-        self._shards[key] = shard
-        self._bytes += shard.nbytes
-        while self._bytes > self._max_bytes and len(self._shards) > 1:
-            self._forget(next(iter(self._shards)))
 
-    def _forget(self, key: tuple[str, int]) -> None:
-        shard = self._shards.pop(key, None)
-        if shard is not None:
-            self._bytes -= shard.nbytes
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What is asked of an hour: runs of slots, narrowed to those that are `allowed` unless that is None."""
+
+    state: HourState
+    runs: tuple[tuple[int, int], ...]
+    allowed: NDArray[np.int64] | None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether a run reaches over all of the hour."""
+        start = self.state.hour * HOUR_SLOTS
+        return any(first <= start and start + HOUR_SLOTS <= last for first, last in self.runs)
+
+    def rows(self, slots: NDArray[np.int64]) -> tuple[Rows | None, int]:
+        """Return which of the rows of ascending slots are asked for, None for all, and their number."""
+        if self.allowed is None and self.is_whole:
+            return None, len(slots)
+        bounds = [tuple(np.searchsorted(slots, run).tolist()) for run in self.runs]
+        if self.allowed is None and len(bounds) == 1:
+            first, last = bounds[0]
+            return (first, last), last - first
+        mask = np.zeros(len(slots), np.bool_)
+        for first, last in bounds:
+            mask[first:last] = True
+        if self.allowed is not None:
+            mask &= np.isin(slots, self.allowed)
+        return mask, int(mask.sum())
+
+
+class _Look:
+    """A part of a shard, and the best hits in it that were seen so far."""
+
+    def __init__(self, part: _Part, shard: Shard) -> None:
+        self.part = part
+        self._shard = shard
+        self._rows, self.frames = part.rows(shard.slots)
+        self.slots = np.empty(0, np.int64)
+        self.scores = np.empty(0, np.float32)
+        self.floor = np.inf  # no better hit than this was left out
+
+    def deepen(self, query: NDArray[np.float32]) -> None:
+        """Take more hits, as many as there are at most."""
+        count = min(max(FIRST_HITS, DEEPER * len(self.scores)), self.frames)
+        self.slots, self.scores = self._shard.best(query, count, self._rows)
+        self.floor = float(self.scores[-1]) if len(self.scores) == count < self.frames else -np.inf
 
 
 @dataclass(frozen=True, slots=True)
 class _Hits:
-    """Frames and their scores, in rows."""
+    """Frames and their scores, in rows; `places` are those of their sources in `sources`."""
 
-    sources: NDArray[np.object_]
+    sources: Sequence[str]
+    places: NDArray[np.int64]
     slots: NDArray[np.int64]
     scores: NDArray[np.float32]
 
     @classmethod
-    def join(cls, parts: Iterable["_Hits"]) -> "_Hits":
-        nothing = cls(np.empty(0, object), np.empty(0, np.int64), np.empty(0, np.float32))
-        every = [nothing, *parts]
-        return cls(
-            np.concatenate([part.sources for part in every]),
-            np.concatenate([part.slots for part in every]),
-            np.concatenate([part.scores for part in every]),
-        )
+    def of(cls, looks: Sequence[_Look], min_score: float) -> Self:
+        """Join the hits of all shards."""
+        sources = sorted({look.part.state.source_id for look in looks})
+        place = {source_id: at for at, source_id in enumerate(sources)}
+        scores = np.concatenate([np.empty(0, np.float32), *(look.scores for look in looks)])
+        slots = np.concatenate([np.empty(0, np.int64), *(look.slots for look in looks)])
+        of_look = np.array([place[look.part.state.source_id] for look in looks], np.int64)
+        places = np.repeat(of_look, [len(look.slots) for look in looks])
+        if min_score > -np.inf:
+            good = scores >= min_score
+            places, slots, scores = places[good], slots[good], scores[good]
+        return cls(sources, places, slots, scores)
 
-    def moments(self, top_k: int, min_score: float) -> list[Moment]:
-        best = np.argsort(-self.scores, kind="stable")
-        best = best[self.scores[best] >= min_score]
-        wanted = top_k * HITS_PER_MOMENT
-        while True:
-            moments = self._merged(best[:wanted])
-            if len(moments) >= top_k or wanted >= len(best):
-                return moments[:top_k]
-            wanted *= 2  # one long scene took all the hits: look further
+    def score_of(self, rank: int) -> float:
+        """Return the score of the best hit (rank 1) and so on; minus infinity if there are not more than so many."""
+        if rank >= len(self.scores):
+            return -np.inf
+        return float(np.partition(self.scores, -rank)[-rank])
 
-    def _merged(self, rows: NDArray[np.int64]) -> list[Moment]:
-        """Join neighbouring rows to moments, best first."""
-        ordered = sorted((self.sources[row], int(self.slots[row]), float(self.scores[row])) for row in rows)
-        runs: list[list[tuple[str, int, float]]] = []
-        for hit in ordered:
-            last = runs[-1][-1] if runs else None
-            if last is not None and last[0] == hit[0] and hit[1] - last[1] <= NEIGHBOUR_SLOTS:
-                runs[-1].append(hit)
-            else:
-                runs.append([hit])
-        moments = []
-        for run in runs:
-            source_id, slot, score = max(run, key=lambda hit: hit[2])
-            moments.append(Moment(source_id, run[0][1], run[-1][1] + 1, slot, score))
-        return sorted(moments, key=lambda moment: -moment.score)
-
-
-def _build(slots: NDArray[np.int64], vectors: NDArray[np.float32], *, exact: bool) -> _Shard:
-    width = vectors.shape[1]
-    index: Any
-    if exact:
-        index = faiss.IndexFlatIP(width)
-    else:
-        index = faiss.IndexScalarQuantizer(width, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT)
-        index.train(vectors)
-    index.add(vectors)
-    return _Shard(slots, index, exact)
-
-
-def _between(slots: NDArray[np.int64], start: int, end: int) -> NDArray[np.int64]:
-    """Return the rows whose slots lie in [start, end)."""
-    first, last = np.searchsorted(slots, [start, end])
-    return np.arange(first, last, dtype=np.int64)
+    def moments(self, wanted: int, top_k: int) -> tuple[int, list[Moment]]:
+        """Join neighbours among the best `wanted` hits; return the number of moments, and the best of them in order."""
+        best = np.argsort(-self.scores, kind="stable")[:wanted]
+        if not len(best):
+            return 0, []
+        rows = best[np.lexsort((self.slots[best], self.places[best]))]
+        places, slots, scores = self.places[rows], self.slots[rows], self.scores[rows]
+        is_first = np.ones(len(rows), np.bool_)
+        is_first[1:] = (np.diff(places) != 0) | (np.diff(slots) > NEIGHBOUR_SLOTS)
+        starts = np.flatnonzero(is_first)
+        ends = np.append(starts[1:], len(rows)) - 1
+        peaks = np.lexsort((slots, -scores, np.cumsum(is_first)))[starts]  # the best hit of each moment
+        order = np.argsort(-scores[peaks], kind="stable")[:top_k]
+        return len(starts), [
+            Moment(
+                self.sources[places[starts[at]]],
+                int(slots[starts[at]]),
+                int(slots[ends[at]]) + 1,
+                int(slots[peaks[at]]),
+                float(scores[peaks[at]]),
+            )
+            for at in order
+        ]
 
 
 def _by_source(spans: Iterable[Span]) -> dict[str, list[tuple[int, int]]]:
@@ -273,11 +310,12 @@ def _by_source(spans: Iterable[Span]) -> dict[str, list[tuple[int, int]]]:
     return runs
 
 
-def _by_hour(runs: Iterable[tuple[int, int]], extent: tuple[int, int]) -> dict[int, list[tuple[int, int]]]:
-    """Group ascending runs by the hours that they touch within what the source has."""
-    hours: dict[int, list[tuple[int, int]]] = {}
+def _by_hour(runs: Iterable[tuple[int, int]], hours: Iterable[int]) -> dict[int, list[tuple[int, int]]]:
+    """Group ascending runs by those of the hours, ascending, that they touch."""
+    known = np.fromiter(hours, np.int64)
+    touched: dict[int, list[tuple[int, int]]] = {}
     for start, end in runs:
-        first, last = max(start, extent[0]), min(end, extent[1] + 1) - 1
-        for hour in range(first // HOUR_SLOTS, last // HOUR_SLOTS + 1 if first <= last else 0):
-            hours.setdefault(hour, []).append((start, end))
-    return hours
+        first, last = np.searchsorted(known * HOUR_SLOTS, [start - HOUR_SLOTS + 1, end])
+        for hour in known[first:last].tolist():
+            touched.setdefault(hour, []).append((start, end))
+    return touched

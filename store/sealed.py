@@ -8,7 +8,7 @@ from redis.asyncio import Redis
 
 from store.format import BLOCKS_PER_HOUR, TokenFormat
 from store.hour_files import HourFiles, HourManifest
-from store.keys import NEW_MARK, KeyframeKeys, TimelineKeys, erased_key, formats_key
+from store.keys import NEW_MARK, SEALED_MARK, KeyframeKeys, TimelineKeys, erased_key, formats_key
 from store.packs import Pack
 from store.segments import Manifest
 
@@ -34,9 +34,10 @@ end
 
 # More KEYS: mark of the last erasure, blocks, frame counter, formats, then t, p, m, v of every block of the hour.
 # More ARGV: mark that it had or _ANY_MARK, fingerprint, format as JSON, frames that are gone, then the blocks' numbers.
-_REPLACE_BLOCKS = f"""
+_REPLACE_BLOCKS = f"""{NEW_MARK}
 if ARGV[5] ~= '{_ANY_MARK}' and (redis.call('GET', KEYS[4]) or '') ~= ARGV[5] then return 0 end
 {_REPLACE}
+redis.call('HSET', KEYS[1], '{SEALED_MARK}', mark)
 for i = 9, #ARGV do
   local at = 8 + 4 * (i - 9)
   redis.call('UNLINK', KEYS[at], KEYS[at + 1], KEYS[at + 2], KEYS[at + 3])
@@ -107,6 +108,14 @@ class _Hours(ABC, Generic[M, K]):
         """Return a mark that differs after every change of what of the hour is not sealed yet."""
         mark: Any = await self._redis.hget(self.keys(source_id).changes, str(hour))
         return "" if mark is None else mark.decode()
+
+    async def marks(self, source_ids: Sequence[str]) -> list[dict[str, str]]:
+        """Return for each source the marks of what is not sealed, and that of all that is."""
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for source_id in source_ids:
+                pipe.hgetall(self.keys(source_id).changes)
+            found: list[Any] = await pipe.execute()
+        return [{field.decode(): mark.decode() for field, mark in marks.items()} for marks in found]
 
     async def touch(self, source_id: str, hour: int) -> None:
         """Let every `replace` fail that has begun before now."""

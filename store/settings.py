@@ -39,12 +39,13 @@ class StoreSettings(BaseModel):
         default=3600.0, description="An uploaded file that no video refers to is removed after so many seconds."
     )
     moments_max_bytes: PositiveInt = Field(
-        default=2 << 30, description="Memory that search shards of one replica may hold; the oldest used go first."
+        default=5 << 29,
+        description="Memory that search shards of one replica may hold: 2.8 MB a sealed hour of a camera, twice as "
+        "much an open one. The newest hours are loaded first.",
     )
-    moments_settle_slots: PositiveInt = Field(
-        default=120,
-        description="An hour of a source counts as complete, and is searched with 8 bits a number, "
-        "once the source has frames so many slots newer than its end.",
+    moments_patience_s: PositiveFloat = Field(
+        default=2.0,
+        description="A search waits at most so long for hours that are not in memory yet, and says what it left out.",
     )
 
     @property

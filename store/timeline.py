@@ -18,6 +18,7 @@ from store.connection import StoreUnavailable
 from store.format import BLOCKS_PER_HOUR, HOUR_SLOTS, TIME_DTYPE, VECTOR_DTYPE, TokenFormat, hours_of
 from store.hot import Entry, FrameNotKept, HotTimeline
 from store.hour_files import HourFileGone
+from store.keys import BLOCK_MARK, SEALED_MARK
 from store.sealed import SealedHours
 from store.segments import Hour, Manifest, Part, Segments
 
@@ -130,6 +131,21 @@ class Timeline:
     async def hot_hours(self, source_id: str) -> list[int]:
         """Return the hours that have frames which are not sealed, in order."""
         return await self._hot.hours(source_id)
+
+    async def hour_marks(self, source_ids: Sequence[str]) -> list[tuple[dict[int, str], str]]:
+        """Return for each source a mark of every hour of which something is not sealed, and one for all that is sealed.
+
+        A mark differs after every change of what it stands for. This costs next to nothing, however long the timelines.
+        """
+        found = []
+        for marks in await self._sealed.marks(source_ids):
+            sealed = marks.pop(SEALED_MARK, "")
+            hours = {int(field): mark for field, mark in marks.items() if field[0] != BLOCK_MARK}
+            for field, mark in marks.items():
+                if field[0] == BLOCK_MARK:  # an hour that was adopted has lost its own mark
+                    hours.setdefault(int(field[1:]) // BLOCKS_PER_HOUR, mark)
+            found.append((hours, sealed))
+        return found
 
     async def seal(self, source_id: str, hour: int) -> bool:
         """Move an hour from Redis into a segment; False if it changed meanwhile: it stays as it is, to be tried again.

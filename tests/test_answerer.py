@@ -15,7 +15,9 @@ from qa_service.selection import stratified
 from qa_service.settings import QASettings
 from store.counters import Counters
 from store.gaps import Gap
+from store.moments import Moments
 from store.segments import Segments
+from store.settings import StoreSettings
 from store.timeline import Timeline
 from tests.qa_parts import QUESTION, Compressor, asked, keyframe, open_parts, stream_range, whole_model
 
@@ -28,7 +30,7 @@ async def parts(redis, checkpoint, tmp_path):
         yield parts
 
 
-def answerer(parts, *, compressor=None, prompt=None, **settings):
+def answerer(parts, *, compressor=None, prompt=None, moments=None, **settings):
     model, usual = whole_model(parts.checkpoint)
     compressor = compressor or parts.compressor
     return Answerer(
@@ -38,7 +40,7 @@ def answerer(parts, *, compressor=None, prompt=None, **settings):
         parts.sources,
         compressor,
         compressor,
-        parts.moments,
+        moments or parts.moments,
         QASettings(**settings),
         counters=Counters(parts.redis),
         model_name="small",
@@ -270,6 +272,15 @@ async def test_without_a_text_half_the_answer_has_no_citations_and_says_why(part
     told = await answer(parts, asked(stream_range(stream, base, base + 3)), compressor=WithoutText(parts.writer))
     assert told.citations == []
     assert "no citations" in told.coverage.notes[0]
+
+
+async def test_an_answer_tells_that_its_citations_come_from_a_part_of_the_frames(parts):
+    stream, base = await parts.stream(range(3))
+    question = asked(stream_range(stream, base, base + 3))
+    told = await answer(parts, question, moments=Moments(parts.timeline, StoreSettings(moments_patience_s=1e-9)))
+    assert (told.coverage.partial, told.citations) == (True, [])
+    told = await answer(parts, question)
+    assert (told.coverage.partial, len(told.citations) > 0) == (False, True)
 
 
 async def test_the_same_seed_draws_the_same_answer(parts):

@@ -7,7 +7,12 @@ import json
 import pytest
 
 from qa_service.clock import write_stream_time
+from qa_service.coverage import RangeReader
+from qa_service.finder import Finder
+from qa_service.schemas import SearchRequest
 from qa_service.settings import ApiSettings, QASettings
+from store.moments import Moments
+from store.settings import StoreSettings
 from tests.qa_parts import QUESTION, asked, keyframe, open_parts, stream_range, whole_model
 
 
@@ -253,6 +258,7 @@ async def test_search_finds_the_moment_of_a_picture(parts, client):
         found = (await client.post("/v1/search", json={"image": image, "sources": [stream.id], "top_k": 1})).json()
         [moment] = found["data"]
         assert found["object"] == "list"
+        assert found["coverage"] == {"frames_kept": 30, "frames_searched": 30, "partial": False}
         assert moment["time"] == write_stream_time(base + 12)
         assert moment["score"] == pytest.approx(1, abs=0.01)
         assert moment["frame_url"] == f"/v1/sources/{stream.id}/frames/{moment['time']}"
@@ -271,6 +277,18 @@ async def test_search_by_text_stays_inside_its_ranges(parts, client):
             assert write_stream_time(base + 3) <= moment["time"] < write_stream_time(base + 9)
     nothing = await client.post("/v1/search", json={"query": "a red car", "sources": sources, "min_score": 1})
     assert nothing.json()["data"] == []
+
+
+async def test_a_search_tells_how_much_it_could_not_look_at_in_time(parts):
+    stream, _ = await parts.stream(range(30))
+    reader = RangeReader(parts.timeline, parts.sources, live_lag_s=5, now=lambda: parts.now)
+    hurried = Finder(reader, parts.compressor, Moments(parts.timeline, StoreSettings(moments_patience_s=1e-9)))
+    wanted = SearchRequest.model_validate({"query": "a red car", "sources": [stream.id]})
+    found = await hurried.find(wanted)
+    assert (found.data, found.coverage.model_dump()) == (
+        [],
+        {"frames_kept": 30, "frames_searched": 0, "partial": True},
+    )
 
 
 async def test_bad_searches_are_refused(parts, client):

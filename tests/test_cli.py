@@ -20,8 +20,19 @@ from hypothesis import strategies as st
 from pydantic import SecretStr
 
 from deploy.cli import Ask, Search, UsageError, parse_labels, run_command
-from deploy.client import ApiError, Client, Completed, Created, Delta, NewStream, Question, Range, Unreachable
-from deploy.display import printable
+from deploy.client import (
+    ApiError,
+    Client,
+    Completed,
+    Created,
+    Delta,
+    Moments,
+    NewStream,
+    Question,
+    Range,
+    Unreachable,
+)
+from deploy.display import print_moments, printable
 from deploy.local import why_not_running
 from deploy.times import BadTime, parse_duration, parse_moment, parse_position, show_position
 
@@ -176,6 +187,15 @@ def test_labels_are_pairs():
 def _no_service_of_the_environment(monkeypatch):
     for name in [name for name in os.environ if name.startswith("TOKENLINE_")]:
         monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize("searched", [0, 40, 90])
+def test_a_search_that_left_frames_out_says_how_many_it_looked_at(searched, capsys):
+    coverage = {"frames_kept": 90, "frames_searched": searched, "partial": searched < 90}
+    print_moments(Moments.model_validate({"data": [], "coverage": coverage}))
+    shown = capsys.readouterr().out
+    assert "nothing found" in shown
+    assert (f"{searched} of 90 frames" in shown) == (searched < 90)
 
 
 def test_help_tells_every_command(capsys):

@@ -246,9 +246,11 @@ def test_a_question_of_100000_characters_is_refused(tokenline, video):
 
 def test_moments_are_found(tokenline, video):
     code, out, _ = tokenline("search", "a red car", "--video", video.id, "--top-k", "3", "--json")
-    found = json.loads(out)
+    told = json.loads(out)
+    found = told["data"]
     assert code == 0
     assert found
+    assert told["coverage"] == {"frames_kept": 7, "frames_searched": 7, "partial": False}
     assert all(one["source_id"] == video.id for one in found)
     assert video.id in tokenline("search", "a red car", "--video", video.id)[1]
     assert tokenline("search", "a red car", "--video", video.id, "--min-score", "1")[:2] == (0, "nothing found\n")

@@ -1,6 +1,7 @@
 """The search over FAISS shards, from a timeline on a real server."""
 
 import asyncio
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from store.segments import Segments
 from store.settings import StoreSettings
 from store.timeline import Timeline
 
-SEGMENTS = Segments("memory://segments")  # where nothing is sealed
+SEGMENTS = Segments("memory://moments")
 
 WIDTH = 16
 FORMAT = TokenFormat(fingerprint="0123456789abcdef", dtype="float16", tokens_per_frame=1, width=2, vector_width=WIDTH)
@@ -38,6 +39,14 @@ def direction(axis: int, noise: float = 0.0, seed: int = 0) -> NDArray[np.float3
 
 def entry(slot: int, vector: NDArray[np.float32]) -> Entry:
     return Entry(slot, slot * 1000, np.zeros((1, 2), np.float16), vector)
+
+
+async def whole(moments: Moments, query: NDArray[np.float32], spans: Sequence[Span], **options) -> list[Moment]:
+    """Search, and expect that nothing was left out."""
+    found = await moments.search(query, spans, **options)
+    assert not found.partial
+    assert found.frames_searched == found.frames_kept
+    return list(found.moments)
 
 
 class Writer:
@@ -71,23 +80,23 @@ async def test_the_scene_that_matches_is_found_as_one_moment(writer, moments):
     scene = {slot: direction(1, 0.05, slot) for slot in range(NOON + 300, NOON + 310)}
     scene[NOON + 304] = direction(1)
     await writer.append("str_a", background | scene)
-    [moment] = await moments.search(direction(1), [Span("str_a", *ALWAYS)], top_k=5, min_score=0.5)
+    [moment] = await whole(moments, direction(1), [Span("str_a", *ALWAYS)], top_k=5, min_score=0.5)
     assert (moment.source_id, moment.start, moment.end, moment.slot) == ("str_a", NOON + 300, NOON + 310, NOON + 304)
     assert moment.score == pytest.approx(1.0, abs=1e-3)
 
 
 async def test_the_time_filter_is_half_open_to_the_slot(writer, moments):
     await writer.append("str_a", {slot: direction(1) for slot in range(NOON, NOON + 20)})
-    [moment] = await moments.search(direction(1), [Span("str_a", NOON + 5, NOON + 9)], top_k=3)
+    [moment] = await whole(moments, direction(1), [Span("str_a", NOON + 5, NOON + 9)], top_k=3)
     assert (moment.start, moment.end) == (NOON + 5, NOON + 9)
-    assert await moments.search(direction(1), [Span("str_a", NOON + 20, NOON + 90)], top_k=3) == []
-    assert await moments.search(direction(1), [Span("str_a", NOON + 9, NOON + 5)], top_k=3) == []
-    assert await moments.search(direction(1), [Span("str_a", 0, NOON)], top_k=3) == []
+    assert await whole(moments, direction(1), [Span("str_a", NOON + 20, NOON + 90)], top_k=3) == []
+    assert await whole(moments, direction(1), [Span("str_a", NOON + 9, NOON + 5)], top_k=3) == []
+    assert await whole(moments, direction(1), [Span("str_a", 0, NOON)], top_k=3) == []
 
 
 async def test_hits_far_apart_are_moments_of_their_own_best_first(writer, moments):
     await writer.append("str_a", {NOON: direction(1, 0.1, 1), NOON + 10: direction(1), NOON + 12: direction(1, 0.1, 2)})
-    found = await moments.search(direction(1), [Span("str_a", *ALWAYS)], top_k=5)
+    found = await whole(moments, direction(1), [Span("str_a", *ALWAYS)], top_k=5)
     assert [(moment.start, moment.end) for moment in found] == [(NOON + 10, NOON + 13), (NOON, NOON + 1)]
     assert found[0].slot == NOON + 10
 
@@ -97,7 +106,7 @@ async def test_several_sources_are_searched_together(writer, moments):
     await writer.append("str_b", {100: direction(1)})
     await writer.append("str_c", {100: direction(1, 0.1, 3)})
     spans = [Span("str_a", *ALWAYS), Span("str_b", *ALWAYS), Span("str_unknown", *ALWAYS)]
-    found = await moments.search(direction(1), spans, top_k=9)
+    found = await whole(moments, direction(1), spans, top_k=9)
     assert [moment.source_id for moment in found] == ["str_b", "str_a"]
 
 
@@ -105,58 +114,63 @@ async def test_top_k_counts_moments_even_if_one_scene_fills_the_best_hits(writer
     scene = {slot: direction(1) for slot in range(NOON, NOON + 40 * HITS_PER_MOMENT)}
     other = {NOON + 2000: direction(1, 0.3, 5)}
     await writer.append("str_a", scene | other)
-    found = await moments.search(direction(1), [Span("str_a", *ALWAYS)], top_k=2)
+    found = await whole(moments, direction(1), [Span("str_a", *ALWAYS)], top_k=2)
     assert [moment.slot >= NOON + 2000 for moment in found] == [False, True]
-    assert len(await moments.search(direction(1), [Span("str_a", *ALWAYS)], top_k=1)) == 1
-    assert await moments.search(direction(1), [Span("str_a", *ALWAYS)], top_k=0) == []
+    assert len(await whole(moments, direction(1), [Span("str_a", *ALWAYS)], top_k=1)) == 1
+    assert await whole(moments, direction(1), [Span("str_a", *ALWAYS)], top_k=0) == []
 
 
 async def test_only_the_slots_that_were_used_are_found(writer, moments):
     await writer.append("str_a", {slot: direction(1) for slot in range(NOON, NOON + 100)})
     used = np.arange(NOON, NOON + 100, 10)
-    found = await moments.search(direction(1), [Span("str_a", *ALWAYS)], top_k=50, slots={"str_a": used})
+    found = await whole(moments, direction(1), [Span("str_a", *ALWAYS)], top_k=50, slots={"str_a": used})
     assert sorted(moment.slot for moment in found) == used.tolist()
     assert all(moment.end == moment.start + 1 for moment in found)
     nothing = {"str_a": np.empty(0, np.int64)}
-    assert await moments.search(direction(1), [Span("str_a", *ALWAYS)], top_k=5, slots=nothing) == []
+    assert await whole(moments, direction(1), [Span("str_a", *ALWAYS)], top_k=5, slots=nothing) == []
 
 
 async def test_overlapping_spans_are_searched_once(writer, moments):
     await writer.append("str_a", {slot: direction(1) for slot in range(NOON, NOON + 10)})
     spans = [Span("str_a", NOON, NOON + 6), Span("str_a", NOON + 4, NOON + 10), Span("str_a", NOON, NOON + 2)]
-    [moment] = await moments.search(direction(1), spans, top_k=9)
+    [moment] = await whole(moments, direction(1), spans, top_k=9)
     assert (moment.start, moment.end) == (NOON, NOON + 10)
 
 
 async def test_what_is_appended_later_is_found_and_what_is_erased_is_not(writer, moments):
     everywhere = [Span("str_a", *ALWAYS)]
     await writer.append("str_a", {NOON + 50: direction(1)})
-    assert len(await moments.search(direction(1), everywhere, top_k=5, min_score=0.5)) == 1
+    assert len(await whole(moments, direction(1), everywhere, top_k=5, min_score=0.5)) == 1
     await writer.append("str_a", {NOON + 10: direction(1), NOON + 90: direction(2)})
-    found = await moments.search(direction(1), everywhere, top_k=5, min_score=0.5)
+    found = await whole(moments, direction(1), everywhere, top_k=5, min_score=0.5)
     assert {moment.slot for moment in found} == {NOON + 10, NOON + 50}
     await writer.timeline.erase("str_a", NOON, NOON + 60)
-    assert await moments.search(direction(1), everywhere, top_k=5, min_score=0.5) == []
-    [left] = await moments.search(direction(2), everywhere, top_k=5, min_score=0.5)
+    assert await whole(moments, direction(1), everywhere, top_k=5, min_score=0.5) == []
+    [left] = await whole(moments, direction(2), everywhere, top_k=5, min_score=0.5)
     assert left.slot == NOON + 90
     await writer.timeline.erase("str_a")
-    assert await moments.search(direction(2), everywhere, top_k=5) == []
+    assert await whole(moments, direction(2), everywhere, top_k=5) == []
 
 
-async def test_complete_hours_find_the_same_frames_in_a_quarter_of_the_memory(writer):
+async def test_sealed_hours_find_the_same_frames_in_half_of_the_memory(writer):
     vectors = {
         slot: unit(np.random.default_rng(slot).standard_normal(WIDTH).astype(np.float32))
-        for slot in range(NOON, NOON + 2 * HOUR + 600, 7)
+        for slot in range(NOON, NOON + 2 * HOUR, 7)
     }
     await writer.append("str_a", vectors)
     query = vectors[NOON + 700]
     spans = [Span("str_a", *ALWAYS)]
-    growing = Moments(writer.timeline, StoreSettings(moments_settle_slots=10**9))
-    settled = Moments(writer.timeline, StoreSettings())
-    exact = await growing.search(query, spans, top_k=10)
-    rounded = await settled.search(query, spans, top_k=10)
+    hot, sealed = (Moments(writer.timeline, StoreSettings()) for _ in range(2))
+    exact = await whole(hot, query, spans, top_k=10)
+    for hour in await writer.timeline.hot_hours("str_a"):
+        assert await writer.timeline.seal("str_a", hour)
+    rounded = await whole(sealed, query, spans, top_k=10)
     assert rounded[0].slot == exact[0].slot == NOON + 700
     assert len({moment.slot for moment in exact} & {moment.slot for moment in rounded}) >= 8
+    assert rounded[0].score == pytest.approx(exact[0].score, abs=0.01)
+    assert sealed.nbytes < 0.75 * hot.nbytes  # the slots weigh as much as such narrow vectors
+    assert await whole(hot, query, spans, top_k=10) == rounded
+    assert hot.nbytes == sealed.nbytes
 
 
 async def test_shards_beyond_the_memory_limit_are_made_again_when_needed(writer):
@@ -166,16 +180,21 @@ async def test_shards_beyond_the_memory_limit_are_made_again_when_needed(writer)
     tight = Moments(writer.timeline, StoreSettings(moments_max_bytes=1))
     for _ in range(2):
         for hour in range(5):
-            best = (await tight.search(direction(hour), [Span("str_a", *ALWAYS)], top_k=1))[0]
+            best = (await whole(tight, direction(hour), [Span("str_a", *ALWAYS)], top_k=1))[0]
             assert best.slot // HOUR == NOON // HOUR + hour
 
 
-async def test_a_dropped_source_is_searched_anew(writer, moments):
-    await writer.append("str_a", {NOON: direction(1)})
-    before = await moments.search(direction(1), [Span("str_a", *ALWAYS)], top_k=1)
-    await moments.drop("str_a")
-    await moments.drop("str_unknown")
-    assert await moments.search(direction(1), [Span("str_a", *ALWAYS)], top_k=1) == before
+async def test_only_hours_of_which_something_was_erased_are_forgotten(writer, moments):
+    await writer.append("str_a", {NOON: direction(1), NOON + 1: direction(1), NOON + HOUR: direction(1)})
+    assert await whole(moments, direction(1), [Span("str_a", *ALWAYS)], top_k=9)
+    held = moments.nbytes
+    await moments.forget("str_a")
+    await moments.forget("str_unknown")
+    assert moments.nbytes == held > 0
+    await writer.timeline.erase("str_a", NOON, NOON + 1)
+    await moments.forget("str_a")
+    assert moments.nbytes == held // 3
+    assert len(await whole(moments, direction(1), [Span("str_a", *ALWAYS)], top_k=9)) == 2
 
 
 async def test_searches_while_frames_arrive_and_vanish_agree_with_some_state(writer, moments):
@@ -189,7 +208,7 @@ async def test_searches_while_frames_arrive_and_vanish_agree_with_some_state(wri
             await writer.timeline.erase("str_a", slot - 100, slot - 99)
 
     async def search() -> list[list[Moment]]:
-        return [await moments.search(direction(0), spans, top_k=1) for _ in range(20)]
+        return [await whole(moments, direction(0), spans, top_k=1) for _ in range(20)]
 
     results = await asyncio.gather(change(), *(search() for _ in range(4)))
     for found in results[1:]:
@@ -201,7 +220,7 @@ async def test_searches_while_frames_arrive_and_vanish_agree_with_some_state(wri
 )
 async def test_a_vector_of_another_space_is_refused(moments, bad):
     with pytest.raises(ValueError, match=r"\(16,\)"):
-        await moments.search(bad, [Span("str_a", *ALWAYS)], top_k=1)
+        await whole(moments, bad, [Span("str_a", *ALWAYS)], top_k=1)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -219,9 +238,9 @@ def test_exact_search_equals_a_matrix_product(redis_url, slots, spans, seed):
             vectors = {slot: unit(rng.standard_normal(WIDTH).astype(np.float32)) for slot in slots}
             await writer.append("str_a", vectors)
             query = unit(rng.standard_normal(WIDTH).astype(np.float32))
-            moments = Moments(writer.timeline, StoreSettings(moments_settle_slots=10**9))
-            found = await moments.search(
-                query, [Span("str_a", start, start + length) for start, length in spans], top_k=1000
+            moments = Moments(writer.timeline, StoreSettings())
+            found = await whole(
+                moments, query, [Span("str_a", start, start + length) for start, length in spans], top_k=1000
             )
             inside = {slot for slot in slots if any(start <= slot < start + length for start, length in spans)}
             covered = {slot for moment in found for slot in slots & set(range(moment.start, moment.end))}
