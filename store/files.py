@@ -102,6 +102,16 @@ class Files:
             paths: Iterable[str] = self._fs.find(folder)
             return sorted(path.removeprefix(inside) for path in paths)
 
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Return the bytes of what lies in a folder, by name; nothing if there is no such folder."""
+        with _named_failures():
+            self._fs.invalidate_cache()
+            try:
+                found = self._fs.ls(folder, detail=True)
+            except FileNotFoundError:
+                return {}
+            return {about["name"].rstrip("/").rpartition("/")[2]: int(about["size"] or 0) for about in found}
+
     def remove(self, paths: Sequence[str], *, recursive: bool = False) -> None:
         """Remove files or folders, though others write and erase there at the same time."""
         doomed = list(paths)

@@ -53,3 +53,8 @@ class TokenFormat(BaseModel):
     def vector_bytes(self) -> int:
         """Bytes of one frame's search vector as it is kept."""
         return self.vector_width * VECTOR_DTYPE.itemsize
+
+    @property
+    def frame_bytes(self) -> int:
+        """Bytes of all that is kept of one frame but its picture."""
+        return self.token_bytes + self.vector_bytes + TIME_DTYPE.itemsize

@@ -8,9 +8,10 @@ from redis.asyncio import Redis
 
 from store.leases import lease_key
 
-GapReason = Literal["stream_down", "decode_error", "shed", "not_registered", "erased"]
-# Where records overlap the first of these speaks: what was erased is gone whatever was wrong with it before.
-PRECEDENCE: tuple[GapReason, ...] = ("erased", "not_registered", "stream_down", "decode_error", "shed")
+GapReason = Literal["stream_down", "decode_error", "shed", "not_registered", "erased", "expired"]
+# Where records overlap the first of these speaks: what is gone is gone whatever was wrong with it before.
+PRECEDENCE: tuple[GapReason, ...] = ("erased", "expired", "not_registered", "stream_down", "decode_error", "shed")
+_LASTING: frozenset[GapReason] = frozenset({"erased", "expired"})
 
 
 class Gap(BaseModel):
@@ -94,10 +95,19 @@ class Gaps:
             taken = _joined([*taken, *((gap.start_slot, gap.end_slot) for gap in gaps)])
         return sorted(gaps, key=lambda gap: gap.start_slot)
 
-    async def trim(self, source_id: str, before: int) -> None:
-        """Drop the records that ended at or before a slot."""
-        for reason in PRECEDENCE:
-            members: list[Any] = await self._redis.zrangebyscore(_key(source_id, reason), "-inf", f"({before}")
+    async def expire(self, source_id: str, start: int, before: int) -> None:
+        """Record that what was kept of slots [start, before) is gone; what else is recorded before a slot goes too.
+
+        What was erased stays recorded: it did not go by itself.
+        """
+        if start < before:
+            await self.add(source_id, None, [Gap(start_slot=start, end_slot=before, reason="expired")])
+        reasons = [reason for reason in PRECEDENCE if reason not in _LASTING]
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for reason in reasons:
+                pipe.zrangebyscore(_key(source_id, reason), "-inf", f"({before}")
+            found: list[list[Any]] = await pipe.execute()
+        for reason, members in zip(reasons, found, strict=True):
             if past := [member for member in members if _run(member)[1] <= before]:
                 await self._redis.zrem(_key(source_id, reason), *past)
 

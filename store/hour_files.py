@@ -4,11 +4,14 @@ What a name does not tell stands in the file's metadata: a listing is enough to 
 """
 
 import asyncio
+import base64
 import hashlib
 import json
 import struct
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 from uuid import uuid4
 
@@ -18,10 +21,12 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from store.files import Files
+from store.format import HOUR_SLOTS
 
 SLOT_DTYPE = np.dtype("<i4")  # slots within the hour: every file has them
 
 _SUFFIX = ".safetensors"
+_KNOWN_HOURS = 1024  # whose slots, 29 KB each, are held
 _MAX_HEADER_BYTES = 2**20  # some hundred bytes are usual
 _LENGTH = struct.Struct("<Q")
 
@@ -49,6 +54,12 @@ class HourManifest(BaseModel):
     size: int
     checksum: str
     offsets: Mapping[str, int]
+    bits: str  # which slots of the hour have a frame, as base64 of zlib of a bitmap
+
+    @property
+    def slots(self) -> NDArray[np.int64]:
+        """The slots (n,) of the source that have a frame, ascending."""
+        return _slots(self.bits, self.hour)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +71,15 @@ class Parsed:
     tensors: Mapping[str, bytes]
     size: int
 
+    @property
+    def bits(self) -> str:
+        """Which slots of the hour have a frame, as base64 of zlib of a bitmap. Raises KeyError and IndexError."""
+        bits = np.zeros(HOUR_SLOTS, np.uint8)
+        bits[np.frombuffer(self.tensors["slots"], SLOT_DTYPE)] = 1
+        return base64.b64encode(zlib.compress(np.packbits(bits).tobytes())).decode()
+
     def facts(self, file: str) -> dict[str, Any]:
-        """Return the fields of a manifest. Raises ValueError and KeyError for a file that does not tell them."""
+        """Return the fields of a manifest. Raises ValueError, KeyError and IndexError if a file does not tell them."""
         return {
             "hour": int(self.metadata["hour"]),
             "generation": int(self.metadata["generation"]),
@@ -70,6 +88,7 @@ class Parsed:
             "size": self.size,
             "checksum": self.metadata["checksum"],
             "offsets": self.offsets,
+            "bits": self.bits,
         }
 
 
@@ -179,6 +198,14 @@ class HourFiles:
             raise HourFileGone(file) from None
         except EOFError:
             raise HourFileDamaged(f"{file} is cut off") from None
+
+
+@lru_cache(_KNOWN_HOURS)
+def _slots(bits: str, hour: int) -> NDArray[np.int64]:
+    present = np.unpackbits(np.frombuffer(zlib.decompress(base64.b64decode(bits)), np.uint8))
+    slots = np.flatnonzero(present).astype(np.int64) + hour * HOUR_SLOTS
+    slots.setflags(write=False)  # all who ask share it
+    return slots
 
 
 def _serialized(tensors: Mapping[str, tuple[str, NDArray[Any]]], metadata: Mapping[str, str]) -> tuple[bytes, str]:

@@ -18,14 +18,14 @@ from store.hour_files import HourFileDamaged
 from store.leases import Leases
 from store.memory import Erased, Memory
 from store.recovery import Recovery
+from store.retention import Retention
 from store.settings import StoreSettings
 from store.sources import Kept, Source, Sources, Stream, Video
-from store.timeline import NOTHING_ERASED, Timeline
+from store.timeline import Timeline
 
 logger = logging.getLogger(__name__)
 
 LEASE_ID = "janitor"
-KEYFRAME_STEP_SLOTS = 600  # listing an object store costs money: retention of keyframes moves in steps of ten minutes
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class Janitor:
         self._settings = settings
         self._leases = Leases(redis)
         self._owner = f"janitor-{uuid4().hex[:12]}"
-        self._steps: dict[str, int] = {}  # how far keyframes of a stream are erased, in steps
+        self._retention = Retention(redis, sources, memory, settings)
         self._unpacked: dict[str, set[int]] = {}  # full hours by source whose keyframes are not packed yet
         self._clean: frozenset[str] = frozenset()  # sources to forget of which the last sweep found nothing more
 
@@ -82,22 +82,22 @@ class Janitor:
         Sealing comes last: on a disk that is full, the rest makes room for it.
         """
         everything = await self._sources.everything()
-        frames = keyframes = 0
+        erased = Erased()
         clean, stays = set(), []
         for kept in everything:
-            leaves = await self._leaves(kept)
-            erased = await (self._memory.erase(kept.source.id) if leaves else self._erase_old(kept.source))
-            frames, keyframes = frames + erased.frames.total, keyframes + erased.keyframes
-            if not leaves:
+            if not await self._leaves(kept):
                 stays.append(kept.source)
-            elif erased == Erased():
+            elif (purged := await self._memory.erase(kept.source.id)) == Erased():
                 clean.add(kept.source.id)
+            else:
+                erased += purged
+        erased += await self._retention.sweep(stays)
         # A frame may still be on its way when a source is purged: only one found empty twice is forgotten.
         forgotten = clean & self._clean
         for source_id in forgotten:
             await self._recovery.forget(source_id)
             await self._sources.forget(source_id)
-            self._steps.pop(source_id, None)
+            self._retention.forget(source_id)
             self._unpacked.pop(source_id, None)
         self._clean = frozenset(clean - forgotten)
         if forgotten:
@@ -107,7 +107,7 @@ class Janitor:
         for source in stays:
             await self._recovery.note(source)
         sealed = sum([await self._seal(source) for source in stays])
-        report = SweepReport(sealed, frames, keyframes, uploads, len(forgotten))
+        report = SweepReport(sealed, erased.frames.total, erased.keyframes, uploads, len(forgotten))
         if report != SweepReport():
             logger.info("swept %s", report)
         return report
@@ -116,7 +116,11 @@ class Janitor:
         ttl_s = 3 * self._settings.janitor_interval_s
         if held and not await self._leases.renew(self._owner, held, ttl_s):
             return held
-        return await self._leases.acquire_many([LEASE_ID], self._owner, ttl_s)
+        taken = await self._leases.acquire_many([LEASE_ID], self._owner, ttl_s)
+        if taken:  # another one was here last: what this one remembers may be wrong by now
+            self._unpacked.clear()
+            self._retention.forget_all()
+        return taken
 
     async def _leaves(self, kept: Kept) -> bool:
         """Return whether a source is to be forgotten: purged, or deleted and past its retention."""
@@ -124,23 +128,6 @@ class Janitor:
             return True
         deleted = isinstance(kept.source, Stream) and kept.source.deleted
         return deleted and not await has_tokens(self._redis, kept.source.id)
-
-    async def _erase_old(self, source: Source) -> Erased:
-        """Erase what a stream's retention ends."""
-        if isinstance(source, Video):
-            return Erased()
-        oldest = int((time.time() - source.retention_hours * 3600) * source.fps)
-        if oldest <= 0:
-            return Erased()
-        frames = NOTHING_ERASED
-        for timeline in await self._memory.timelines(source.id):
-            frames += await timeline.expire(source.id, oldest)
-        await self._sources.trim_gaps(source.id, oldest)
-        keyframes = 0
-        if self._steps.get(source.id) != (step := oldest // KEYFRAME_STEP_SLOTS):
-            keyframes = await self._memory.keyframes.expire(source.id, oldest)
-            self._steps[source.id] = step
-        return Erased(frames, keyframes)
 
     async def _seal(self, source: Source) -> int:
         """Seal the full hours of a source and return how many; one that changes meanwhile has its turn later."""

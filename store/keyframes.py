@@ -4,9 +4,11 @@ What is packed counts before what is loose: a frame that is sent again has the s
 """
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 from redis.asyncio import Redis
 
 from store.connection import StoreUnavailable
@@ -14,6 +16,7 @@ from store.files import Files
 from store.format import HOUR_SLOTS, hours_of
 from store.hot import FrameNotKept
 from store.hour_files import HourFileGone
+from store.loose import LooseHours
 from store.packs import LABEL, Pack, Packs
 from store.sealed import PackedHours
 
@@ -30,6 +33,7 @@ class Keyframes:
         self._files = Files(root_url)
         self._packs = Packs(root_url)
         self._packed = PackedHours(redis)
+        self._loose = LooseHours(redis)
 
     async def put(self, source_id: str, slot: int, jpeg: bytes) -> None:
         """Keep one keyframe; a slot that is kept already is overwritten."""
@@ -38,6 +42,10 @@ class Keyframes:
     async def put_many(self, jpegs: Mapping[tuple[str, int], bytes]) -> None:
         """Keep the keyframes of many (source id, slot) at once. A keyframe is there wholly or not at all."""
         files = {self._path(source_id, slot): jpeg for (source_id, slot), jpeg in jpegs.items()}
+        sizes = Counter[tuple[str, int]]()
+        for (source_id, slot), jpeg in jpegs.items():
+            sizes[source_id, slot // HOUR_SLOTS] += len(jpeg)
+        await self._loose.add(sizes)
         await asyncio.to_thread(self._files.write, files)
 
     async def get(self, source_id: str, slot: int) -> bytes:
@@ -68,9 +76,37 @@ class Keyframes:
             before = packed
         raise StoreUnavailable(f"the keyframes of {source_id} change all the time; read them again")
 
+    async def kept(self, source_id: str, slots: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Return for each of the slots (T,) whether its keyframe is kept, as far as Redis knows: no file is looked at.
+
+        One that came after its hour was packed counts once it is packed too.
+        """
+        kept = np.zeros(len(slots), np.bool_)
+        if not len(slots):
+            return kept
+        loose = await self._loose.read(source_id)  # first: an hour that is packed meanwhile is found twice, not never
+        hours = slots // HOUR_SLOTS
+        packed = await self._packed.between(source_id, int(hours.min()), int(hours.max()))
+        for hour, one in loose.items():
+            kept |= (hours == hour) & (slots >= one.start)
+        for pack in packed:
+            here = hours == pack.hour
+            kept[here] = np.isin(slots[here], pack.slots)
+        return kept
+
     async def loose_hours(self, source_id: str) -> list[int]:
-        """Return the hours that have keyframes outside of packs."""
-        return await asyncio.to_thread(lambda: [hour for hour, _ in self._numbered(self._folder(source_id), "")])
+        """Return the hours that have keyframes outside of packs, by a listing, and note what was not noted of them."""
+        noted = await self._loose.read(source_id)
+        listed = await asyncio.to_thread(lambda: dict(self._numbered(self._folder(source_id), "")))
+        for hour, folder in listed.items():
+            if hour not in noted:
+                sizes = await asyncio.to_thread(self._sizes, folder)
+                await self._loose.leave(source_id, hour, sum(sizes.values()))
+        return sorted({*listed, *noted})
+
+    async def recount(self, source_id: str) -> None:
+        """Count anew what the packs of a source add up to."""
+        await self._packed.recount(source_id)
 
     async def pack(self, source_id: str, hour: int) -> bool:
         """Put the loose keyframes of an hour into its pack; False if the hour changed meanwhile: it stays as it was.
@@ -79,8 +115,11 @@ class Keyframes:
         """
         old = next(iter(await self._packed.between(source_id, hour, hour)), None)
         changes = await self._packed.changes(source_id, hour)
-        loose = await asyncio.to_thread(self._loose, source_id, hour)
+        noted = (await self._loose.read(source_id)).get(hour)  # before the listing: what comes later stays noted
+        loose = await asyncio.to_thread(self._files_of, source_id, hour)
         if not loose:
+            if noted is not None:
+                await self._loose.take(source_id, hour, noted.nbytes)
             return True
         contents = await asyncio.to_thread(self._files.read, list(loose.values()))
         jpegs = {slot: jpeg for slot, jpeg in zip(loose, contents, strict=True) if jpeg is not None}
@@ -92,6 +131,8 @@ class Keyframes:
             return False
         await asyncio.to_thread(self._files.remove, list(loose.values()))
         await asyncio.to_thread(self._files.remove_if_empty, [f"{self._folder(source_id)}/{hour}"])
+        if noted is not None:
+            await self._loose.take(source_id, hour, noted.nbytes)
         return True
 
     async def adopt(self, source_id: str, found: Pack, lost: Pack | None) -> bool:
@@ -112,6 +153,7 @@ class Keyframes:
         await self._packed.remove_leftovers(self._packs, source_id, LABEL, *hours_of(start, end))
         if start is None and end is None:
             await self._packed.drop(source_id)
+            await self._loose.drop(source_id)
         return erased
 
     async def expire(self, source_id: str, before: int) -> int:
@@ -132,7 +174,7 @@ class Keyframes:
         return found | {slot: jpeg for slot, jpeg in zip(loose, contents, strict=True) if jpeg is not None}
 
     async def _content(self, source_id: str, pack: Pack) -> dict[int, bytes]:
-        return await self._packs.read(source_id, pack, (await self._packs.slots(source_id, pack)).tolist())
+        return await self._packs.read(source_id, pack, pack.slots.tolist())
 
     async def _replace(
         self, source_id: str, hour: int, old: Pack | None, jpegs: Mapping[int, bytes], changes: str
@@ -151,9 +193,14 @@ class Keyframes:
     async def _erase(
         self, source_id: str, start: int | None, end: int | None, packed_start: int | None, packed_end: int | None
     ) -> int:
-        erased, hours = await asyncio.to_thread(self._erase_loose, source_id, start, end)
-        for hour in hours:  # who packs them just now has read what is gone
-            await self._packed.touch(source_id, hour)
+        noted = await self._loose.read(source_id)
+        erased, left = await asyncio.to_thread(self._erase_loose, source_id, start, end)
+        for hour, nbytes in left.items():
+            await self._packed.touch(source_id, hour)  # who packs them just now has read what is gone
+            await self._loose.leave(source_id, hour, nbytes, end if start is None else None)
+        for hour in noted:
+            if hour not in left and _is_within(hour, start, end):  # a crash has kept them from being written
+                await self._loose.leave(source_id, hour, 0)
         first, last = hours_of(packed_start, packed_end)
         for _ in range(TRIES):
             done = [
@@ -168,17 +215,19 @@ class Keyframes:
     async def _erase_packed(self, source_id: str, pack: Pack, start: int | None, end: int | None) -> int | None:
         """Erase packed keyframes and return their number; None if the hour changed meanwhile."""
         changes = await self._packed.changes(source_id, pack.hour)
-        try:
-            slots = await self._packs.slots(source_id, pack)
-            low = 0 if start is None else int(np.searchsorted(slots, start))
-            high = len(slots) if end is None else int(np.searchsorted(slots, end))
-            if low >= high:
-                return 0
-            content = await self._content(source_id, pack)
-        except HourFileGone:
-            return None
+        slots = pack.slots
+        low = 0 if start is None else int(np.searchsorted(slots, start))
+        high = len(slots) if end is None else int(np.searchsorted(slots, end))
+        if low >= high:
+            return 0
         doomed = set(slots[low:high].tolist())
-        left = {slot: jpeg for slot, jpeg in content.items() if slot not in doomed}
+        left: dict[int, bytes] = {}
+        if len(doomed) < len(slots):
+            try:
+                content = await self._content(source_id, pack)
+            except HourFileGone:
+                return None
+            left = {slot: jpeg for slot, jpeg in content.items() if slot not in doomed}
         return len(doomed) if await self._replace(source_id, pack.hour, pack, left, changes) else None
 
     def _path(self, source_id: str, slot: int) -> str:
@@ -187,31 +236,50 @@ class Keyframes:
     def _folder(self, source_id: str) -> str:
         return self._files.folder(source_id, "keyframes")
 
-    def _loose(self, source_id: str, hour: int) -> dict[int, str]:
+    def _files_of(self, source_id: str, hour: int) -> dict[int, str]:
         return dict(self._numbered(f"{self._folder(source_id)}/{hour}", ".jpg"))
 
-    def _erase_loose(self, source_id: str, start: int | None, end: int | None) -> tuple[int, list[int]]:
-        """Erase loose keyframes; return their number and the hours that had some in the range."""
+    def _sizes(self, folder: str) -> dict[int, int]:
+        """Return the bytes of the loose keyframes of an hour's folder, by slot."""
+        sizes = self._files.sizes(folder)
+        return {slot: sizes[f"{slot}.jpg"] for slot in _numbers(sizes, ".jpg")}
+
+    def _erase_loose(self, source_id: str, start: int | None, end: int | None) -> tuple[int, dict[int, int]]:
+        """Erase loose keyframes; return their number and, of the hours that had some in the range, the bytes left."""
         folder = self._folder(source_id)
         low = float("-inf") if start is None else start
         high = float("inf") if end is None else end
-        erased, hours = 0, []
+        erased, left = 0, {}
         for hour, path in self._numbered(folder, ""):
             if hour * HOUR_SLOTS >= high or (hour + 1) * HOUR_SLOTS <= low:
                 continue
-            hours.append(hour)
-            doomed = [file for slot, file in self._numbered(path, ".jpg") if low <= slot < high]
+            sizes = self._sizes(path)
+            doomed = [slot for slot in sizes if low <= slot < high]
             erased += len(doomed)
-            if low <= hour * HOUR_SLOTS and (hour + 1) * HOUR_SLOTS <= high:
+            left[hour] = sum(sizes.values()) - sum(sizes[slot] for slot in doomed)
+            if _is_within(hour, start, end):
                 self._files.remove([path], recursive=True)  # with whatever a crash left there
             else:
-                self._files.remove(doomed)
+                self._files.remove([f"{path}/{slot}.jpg" for slot in doomed])
                 self._files.remove_if_empty([path])
         self._files.remove_if_empty([folder])
-        return erased, hours
+        return erased, left
 
     def _numbered(self, folder: str, suffix: str) -> Iterator[tuple[int, str]]:
         """List the hour folders or slot files of a folder."""
-        for name in self._files.names(folder):
-            if name.endswith(suffix) and (number := name.removesuffix(suffix)).isdecimal():
-                yield int(number), f"{folder}/{name}"
+        for number in _numbers(self._files.names(folder), suffix):
+            yield number, f"{folder}/{number}{suffix}"
+
+
+def _numbers(names: Iterable[str], suffix: str) -> list[int]:
+    """Return the hours or slots that names of hour folders or slot files tell."""
+    return sorted(
+        int(number)
+        for name in names
+        if name.endswith(suffix) and (number := name.removesuffix(suffix)).isdecimal() and str(int(number)) == number
+    )
+
+
+def _is_within(hour: int, start: int | None, end: int | None) -> bool:
+    """Return whether all slots of an hour lie in [start, end)."""
+    return (start is None or start <= hour * HOUR_SLOTS) and (end is None or (hour + 1) * HOUR_SLOTS <= end)

@@ -27,7 +27,7 @@ def erased_key(source_id: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class KeyframeKeys:
-    """The keys of one source's packed keyframes: the same three as those of a timeline's sealed hours."""
+    """The keys of one source's keyframes; those of its packs are the same as those of a timeline's sealed hours."""
 
     source_id: str
 
@@ -42,6 +42,15 @@ class KeyframeKeys:
     @property
     def sealed(self) -> str:
         return f"kf:{{{self.source_id}}}:packs"
+
+    @property
+    def totals(self) -> str:
+        return f"kf:{{{self.source_id}}}:totals"
+
+    @property
+    def loose(self) -> str:
+        """Hash of what lies outside of packs, by hour: its bytes, and from which slot on it was left."""
+        return f"kf:{{{self.source_id}}}:loose"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +93,11 @@ class TimelineKeys:
     def sealed(self) -> str:
         """Hash of the manifests of sealed hours, by hour."""
         return f"{self._root}:sealed"
+
+    @property
+    def totals(self) -> str:
+        """Hash of what the manifests of sealed hours add up to: `frames` and `size`."""
+        return f"{self._root}:totals"
 
     def part(self, part: str, block: int) -> str:
         return f"{self._root}:{part}:{block}"

@@ -32,6 +32,9 @@ class Erased:
     frames: ErasedFrames = NOTHING_ERASED
     keyframes: int = 0
 
+    def __add__(self, other: "Erased") -> "Erased":
+        return Erased(self.frames + other.frames, self.keyframes + other.keyframes)
+
 
 class Memory:
     """The memory of all sources. Raises StoreUnavailable."""

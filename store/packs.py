@@ -51,10 +51,6 @@ class Packs(HourFiles):
         """Return those of the keyframes that the pack has. Raises HourFileGone and HourFileDamaged."""
         return await asyncio.to_thread(self._read, source_id, pack, slots)
 
-    async def slots(self, source_id: str, pack: Pack) -> NDArray[np.int64]:
-        """Return the slots (n,) of the source that the pack has, ascending. Raises HourFileGone and HourFileDamaged."""
-        return (await asyncio.to_thread(self._index, source_id, pack)).slots
-
     async def describe(self, source_id: str, hour: int, file: str) -> Pack:
         """Return what a pack says it is, without reading its pictures. Raises HourFileDamaged and HourFileGone."""
         return _described(file, await asyncio.to_thread(self._read_head, source_id, hour, file))
@@ -108,5 +104,5 @@ def _described(file: str, parsed: Parsed) -> Pack:
     """Raises HourFileDamaged."""
     try:
         return Pack(**parsed.facts(file))
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, IndexError) as error:
         raise HourFileDamaged(f"{file} is no pack: {type(error).__name__}") from None

@@ -151,10 +151,9 @@ class Recovery:
     ) -> Recovered:
         async def adopt(hour: int, file: str, lost: Pack | None) -> bool:
             found = await self._packs.describe(source_id, hour, file)
-            slots = await self._packs.slots(source_id, found)
             if not await self._memory.keyframes.adopt(source_id, found, lost):
                 return False
-            for start, end in await self._erased(source_id, hour, slots):
+            for start, end in await self._erased(source_id, hour, found.slots):
                 await self._memory.keyframes.erase(source_id, start, end)
             return True
 

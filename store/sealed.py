@@ -15,7 +15,7 @@ from store.segments import Manifest
 _HOURS_PER_COMMAND = 1000
 _ANY_MARK = "*"
 
-# KEYS: changes, sealed hours, manifests.
+# KEYS: changes, sealed hours, manifests, totals.
 # ARGV: hour, changes it had, manifest it had, manifest it gets.
 # Nothing happens, and 0 is returned, if the hour has changed since the caller read it.
 _REPLACE = """
@@ -23,6 +23,14 @@ local hour = ARGV[1]
 if (redis.call('HGET', KEYS[1], hour) or '') ~= ARGV[2] then return 0 end
 if (redis.call('HGET', KEYS[3], hour) or '') ~= ARGV[3] then return 0 end
 redis.call('HDEL', KEYS[1], hour)
+for at, sign in pairs({[3] = -1, [4] = 1}) do
+  if ARGV[at] ~= '' then
+    local manifest = cjson.decode(ARGV[at])
+    for _, field in ipairs({'frames', 'size'}) do
+      redis.call('HINCRBY', KEYS[4], field, string.format('%.0f', sign * manifest[field]))
+    end
+  end
+end
 if ARGV[4] == '' then
   redis.call('HDEL', KEYS[3], hour)
   redis.call('ZREM', KEYS[2], hour)
@@ -30,25 +38,38 @@ else
   redis.call('HSET', KEYS[3], hour, ARGV[4])
   redis.call('ZADD', KEYS[2], hour, hour)
 end
+if redis.call('ZCARD', KEYS[2]) == 0 then redis.call('DEL', KEYS[4]) end
+"""
+
+# What the manifests add up to, counted anew. KEYS: manifests, totals.
+_RECOUNT = """
+local totals = {frames = 0, size = 0}
+for _, text in ipairs(redis.call('HVALS', KEYS[1])) do
+  local manifest = cjson.decode(text)
+  for field, sum in pairs(totals) do totals[field] = sum + manifest[field] end
+end
+redis.call('DEL', KEYS[2])
+if totals.frames == 0 then return end
+for field, sum in pairs(totals) do redis.call('HSET', KEYS[2], field, string.format('%.0f', sum)) end
 """
 
 # More KEYS: mark of the last erasure, blocks, frame counter, formats, then t, p, m, v of every block of the hour.
 # More ARGV: mark that it had or _ANY_MARK, fingerprint, format as JSON, frames that are gone, then the blocks' numbers.
 _REPLACE_BLOCKS = f"""{NEW_MARK}
-if ARGV[5] ~= '{_ANY_MARK}' and (redis.call('GET', KEYS[4]) or '') ~= ARGV[5] then return 0 end
+if ARGV[5] ~= '{_ANY_MARK}' and (redis.call('GET', KEYS[5]) or '') ~= ARGV[5] then return 0 end
 {_REPLACE}
 redis.call('HSET', KEYS[1], '{SEALED_MARK}', mark)
 for i = 9, #ARGV do
-  local at = 8 + 4 * (i - 9)
+  local at = 9 + 4 * (i - 9)
   redis.call('UNLINK', KEYS[at], KEYS[at + 1], KEYS[at + 2], KEYS[at + 3])
-  redis.call('ZREM', KEYS[5], ARGV[i])
+  redis.call('ZREM', KEYS[6], ARGV[i])
   redis.call('HDEL', KEYS[1], 'b' .. ARGV[i])
 end
-if ARGV[4] ~= '' then redis.call('HSETNX', KEYS[7], ARGV[6], ARGV[7]) end
-if tonumber(ARGV[8]) ~= 0 then redis.call('DECRBY', KEYS[6], ARGV[8]) end
-if redis.call('ZCARD', KEYS[5]) == 0 and redis.call('ZCARD', KEYS[2]) == 0 then
-  redis.call('DEL', KEYS[1], KEYS[6])
-  redis.call('HDEL', KEYS[7], ARGV[6])
+if ARGV[4] ~= '' then redis.call('HSETNX', KEYS[8], ARGV[6], ARGV[7]) end
+if tonumber(ARGV[8]) ~= 0 then redis.call('DECRBY', KEYS[7], ARGV[8]) end
+if redis.call('ZCARD', KEYS[6]) == 0 and redis.call('ZCARD', KEYS[2]) == 0 then
+  redis.call('DEL', KEYS[1], KEYS[7])
+  redis.call('HDEL', KEYS[8], ARGV[6])
 end
 return 1
 """
@@ -65,6 +86,8 @@ class _Keys(Protocol):
     def hours(self) -> str: ...
     @property
     def sealed(self) -> str: ...
+    @property
+    def totals(self) -> str: ...
 
 
 M = TypeVar("M", bound=HourManifest)
@@ -78,6 +101,7 @@ class _Hours(ABC, Generic[M, K]):
         self._redis = redis
         self._manifest = manifest
         self._touch = redis.register_script(_TOUCH)
+        self._recount = redis.register_script(_RECOUNT)
 
     @abstractmethod
     def keys(self, source_id: str) -> K:
@@ -120,6 +144,11 @@ class _Hours(ABC, Generic[M, K]):
     async def touch(self, source_id: str, hour: int) -> None:
         """Let every `replace` fail that has begun before now."""
         await self._touch([self.keys(source_id).changes], [hour])
+
+    async def recount(self, source_id: str) -> None:
+        """Count anew what the hours of a source add up to."""
+        keys = self.keys(source_id)
+        await self._recount([keys.sealed, keys.totals])
 
     async def remove_leftovers(
         self, files: HourFiles, source_id: str, label: str, first: int | None, last: int | None
@@ -195,7 +224,7 @@ class SealedHours(_Hours[Manifest, TimelineKeys]):
         gone: int,
     ) -> bool:
         keys, format = self.keys(source_id), self._format
-        named = [keys.changes, keys.hours, keys.sealed, erased_key(source_id)]
+        named = [keys.changes, keys.hours, keys.sealed, keys.totals, erased_key(source_id)]
         named += [keys.blocks, keys.frames, formats_key(source_id), *keys.of_blocks(blocks)]
         about: list[str | int] = [hour, changes, _text(old), _text(new), _ANY_MARK if as_of is None else as_of]
         about += [format.fingerprint, format.model_dump_json(), gone, *blocks]
@@ -215,13 +244,13 @@ class PackedHours(_Hours[Pack, KeyframeKeys]):
     async def replace(self, source_id: str, hour: int, old: Pack | None, new: Pack | None, *, changes: str) -> bool:
         """Let `new` stand for the hour instead of `old`; False, and nothing is changed, if the hour has changed."""
         keys = self.keys(source_id)
-        named = [keys.changes, keys.hours, keys.sealed]
+        named = [keys.changes, keys.hours, keys.sealed, keys.totals]
         return bool(await self._replace(named, [hour, changes, _text(old), _text(new)]))
 
     async def drop(self, source_id: str) -> None:
         """Forget all hours of a source; whoever packs one of them just now fails."""
         keys = self.keys(source_id)
-        await self._redis.delete(keys.hours, keys.sealed, keys.changes)
+        await self._redis.delete(keys.hours, keys.sealed, keys.totals, keys.changes)
 
 
 def _text(manifest: HourManifest | None) -> str:

@@ -7,10 +7,7 @@ A segment holds only frames that are there: `tokens` (n, C2, D) in the model's d
 """
 
 import asyncio
-import base64
-import zlib
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -20,19 +17,11 @@ from store.format import HOUR_SLOTS, TIME_DTYPE, VECTOR_DTYPE, TokenFormat
 from store.hour_files import SLOT_DTYPE, HourFileDamaged, HourFiles, HourManifest, Parsed
 
 Part = Literal["tokens", "vectors", "times"]
-_KNOWN_HOURS = 1024  # whose slots, 29 KB each, are held
 READ_THROUGH_ROWS = 16  # rows that nobody asked for, between two that are wanted: to read them along is quicker
 
 
 class Manifest(HourManifest):
-    """What is known of a sealed hour; `bits` tells which slots have a frame, as base64 of zlib of a bitmap."""
-
-    bits: str
-
-    @property
-    def slots(self) -> NDArray[np.int64]:
-        """The slots (n,) of the source that have a frame, ascending."""
-        return _slots(self.bits, self.hour)
+    """What is known of a sealed hour."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,21 +85,9 @@ class Segments(HourFiles):
             target[place] = piece[taken]
 
 
-@lru_cache(_KNOWN_HOURS)
-def _slots(bits: str, hour: int) -> NDArray[np.int64]:
-    present = np.unpackbits(np.frombuffer(zlib.decompress(base64.b64decode(bits)), np.uint8))
-    slots = np.flatnonzero(present).astype(np.int64) + hour * HOUR_SLOTS
-    slots.setflags(write=False)  # all who ask share it
-    return slots
-
-
 def _described(file: str, parsed: Parsed) -> tuple[TokenFormat, Manifest]:
     """Return the format and the manifest of a segment. Raises HourFileDamaged."""
     try:
-        bits = np.zeros(HOUR_SLOTS, np.uint8)
-        bits[np.frombuffer(parsed.tensors["slots"], SLOT_DTYPE)] = 1
-        packed = base64.b64encode(zlib.compress(np.packbits(bits).tobytes())).decode()
-        manifest = Manifest(bits=packed, **parsed.facts(file))
-        return TokenFormat.model_validate_json(parsed.metadata["format"]), manifest
+        return TokenFormat.model_validate_json(parsed.metadata["format"]), Manifest(**parsed.facts(file))
     except (ValueError, KeyError, IndexError) as error:
         raise HourFileDamaged(f"{file} is no segment: {type(error).__name__}") from None

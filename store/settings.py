@@ -32,6 +32,20 @@ class StoreSettings(BaseModel):
     janitor_interval_s: PositiveFloat = Field(
         default=60.0, description="Seconds between two sweeps of retention and purge."
     )
+    retention_max_hours: PositiveFloat | None = Field(
+        default=None, description="Hours that frames of streams are kept at most, whatever a stream's own retention."
+    )
+    retention_max_keyframe_hours: PositiveFloat | None = Field(
+        default=None, description="The same for keyframes alone; their frame tokens stay."
+    )
+    retention_max_bytes: PositiveInt | None = Field(
+        default=None,
+        description="Bytes of frame tokens of all streams and videos together, in Redis and in segments. "
+        "Beyond it the oldest full hours go.",
+    )
+    retention_max_keyframe_bytes: PositiveInt | None = Field(
+        default=None, description="The same for keyframes alone; their frame tokens stay."
+    )
     seal_settle_s: PositiveFloat = Field(
         default=600.0, description="An hour of a stream is moved from Redis into a segment so long after its end."
     )

@@ -60,6 +60,21 @@ class StreamExists(ValueError):
         )
 
 
+class KeyframesOutlive(ValueError):
+    """Keyframes would be kept longer than the frame tokens they belong to."""
+
+    def __init__(self, keyframe_hours: float, retention_hours: float) -> None:
+        super().__init__(keyframe_hours, retention_hours)
+        self.keyframe_hours = keyframe_hours
+        self.retention_hours = retention_hours
+
+    def __str__(self) -> str:
+        return (
+            f"keyframes cannot be kept for {self.keyframe_hours:g} hours when their frames are kept for "
+            f"{self.retention_hours:g}: lower the one or raise the other"
+        )
+
+
 class StateConflict(RuntimeError):
     """The source is in a state that does not allow what was asked."""
 
@@ -87,6 +102,11 @@ class NewStream(_Frozen):
     fps: float = Field(default=1.0, gt=0, le=30, allow_inf_nan=False)
     labels: dict[str, str] = Field(default_factory=dict)
     retention_hours: float = Field(default=168.0, gt=0, allow_inf_nan=False)
+    retention_bytes: int | None = Field(default=None, gt=0, description="Of frame tokens; None: no limit.")
+    keyframe_hours: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, description="At most `retention_hours`; None: as long as those."
+    )
+    keyframe_bytes: int | None = Field(default=None, gt=0, description="None: no limit.")
     enabled: bool = True
 
 
@@ -101,6 +121,9 @@ class StreamChanges(TypedDict, total=False):
     fps: float
     labels: dict[str, str]
     retention_hours: float
+    retention_bytes: int | None
+    keyframe_hours: float | None
+    keyframe_bytes: int | None
     enabled: bool
 
 
@@ -116,6 +139,9 @@ class Stream(_Frozen):
     fps: float
     labels: dict[str, str]
     retention_hours: float
+    retention_bytes: int | None = None
+    keyframe_hours: float | None = None
+    keyframe_bytes: int | None = None
     enabled: bool
     created_at: float
     deleted: bool = False
@@ -269,7 +295,8 @@ class Sources:
     # streams
 
     async def create_stream(self, new: NewStream) -> Stream:
-        """Register a stream; StreamExists if one has its name or url."""
+        """Register a stream; StreamExists if one has its name or url, KeyframesOutlive."""
+        _check_retention(new)
         stream = Stream(
             id=f"str_{uuid4().hex[:12]}",
             has_password=new.password is not None,
@@ -313,7 +340,8 @@ class Sources:
         """Change a stream and return it; its owner loses it, so that it is claimed anew with the new settings.
 
         StreamNotFound; StreamExists if another one has the new name or url; StateConflict for another fps while frames
-        are kept, since their slots were counted with the old one; ValueError for values that cannot be.
+        are kept, since their slots were counted with the old one; KeyframesOutlive and other ValueErrors for values
+        that cannot be.
         """
         while True:
             old = await self._stream_record(stream_id)
@@ -529,9 +557,9 @@ class Sources:
         registered = int(source.created_at * source.fps) if isinstance(source, Stream) else 0
         return await self._gaps.read(source_id, start, end, registered=registered)
 
-    async def trim_gaps(self, source_id: str, before: int) -> None:
-        """Drop the records of gaps that ended before a slot."""
-        await self._gaps.trim(source_id, before)
+    async def note_expired(self, source_id: str, start: int, before: int) -> None:
+        """Record that what was kept of slots [start, before) is gone; other records of gaps before a slot go too."""
+        await self._gaps.expire(source_id, start, before)
 
     # how it is kept
 
@@ -539,6 +567,7 @@ class Sources:
         known = old.stream
         fields = {name: getattr(known, name) for name in NewStream.model_fields if name != "password"}
         new = NewStream.model_validate({**fields, **changes})
+        _check_retention(new)
         secret = old.secret
         if "password" in changes:
             secret = None if new.password is None else self._cipher.encrypt(new.password.get_secret_value())
@@ -703,6 +732,11 @@ def _recording(record: _StreamRecord) -> tuple[object, ...]:
     """What its owner works with: when that changes, the owner has to begin anew."""
     stream = record.stream
     return stream.url, stream.username, record.secret, stream.transport, stream.fps, stream.enabled
+
+
+def _check_retention(new: NewStream) -> None:
+    if new.keyframe_hours is not None and new.keyframe_hours > new.retention_hours:
+        raise KeyframesOutlive(new.keyframe_hours, new.retention_hours)
 
 
 def _labelled(stream: Stream, label: str | None) -> bool:

@@ -74,8 +74,8 @@ async def test_retention_erases_what_is_older_and_keeps_the_rest(store):
     assert await store.keyframes.get_many(stream.id, young) == [b"jpeg"] * 2
     with pytest.raises(FrameNotKept):
         await store.keyframes.get(stream.id, old[1])
-    gaps = await store.sources.gaps(stream.id, old[0], old[0] + 5)
-    assert [gap.reason for gap in gaps] == ["not_registered"]
+    gaps = await store.sources.gaps(stream.id, old[0] - 5, old[0] + 5)
+    assert [(gap.start_slot - old[0], gap.reason) for gap in gaps] == [(-5, "not_registered"), (0, "expired")]
     assert await store.janitor.sweep() == SweepReport()
 
 

@@ -355,12 +355,16 @@ async def test_time_before_registration_is_not_registered(sources):
         await sources.gaps("str_unknown", 0, 1)
 
 
-async def test_old_gap_records_are_trimmed(sources):
+async def test_what_expires_is_one_gap_and_takes_older_records_but_those_of_erasures_along(sources):
     video = await sources.create_video(NewVideo(name="clip", file="abc.mp4"))
     gaps = [Gap(start_slot=start, end_slot=start + 5, reason="shed") for start in (0, 10, 20)]
     await sources.add_gaps(video.id, None, gaps)
-    await sources.trim_gaps(video.id, 12)
-    assert await sources.gaps(video.id, 0, 100) == gaps[1:]
+    await sources.add_gaps(video.id, None, [Gap(start_slot=6, end_slot=8, reason="erased")])
+    for before in (3, 12, 9):
+        await sources.note_expired(video.id, 0, before)
+    found = [(gap.start_slot, gap.end_slot, gap.reason) for gap in await sources.gaps(video.id, 0, 100)]
+    expired = [(0, 6, "expired"), (6, 8, "erased"), (8, 12, "expired")]
+    assert found == [*expired, (12, 15, "shed"), (20, 25, "shed")]
 
 
 @pytest.mark.parametrize("bad", [(5, 5), (6, 5), (-1, 5)])

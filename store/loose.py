@@ -1,0 +1,75 @@
+"""What is known of keyframes outside of packs without a listing: on an object store a listing costs money."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from redis.asyncio import Redis
+
+from store.keys import KeyframeKeys
+
+_FROM = ":from"
+
+# KEYS: loose hours. ARGV: hour, bytes that are not loose any more.
+_TAKE = f"""
+if redis.call('HINCRBY', KEYS[1], ARGV[1], -ARGV[2]) <= 0 then
+  redis.call('HDEL', KEYS[1], ARGV[1], ARGV[1] .. '{_FROM}')
+end
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Loose:
+    """The loose keyframes of an hour: their bytes, and the slot before which there are none.
+
+    Bytes count before they are written, so a keyframe that is sent twice counts twice until its hour is packed.
+    """
+
+    nbytes: int
+    start: int
+
+
+class LooseHours:
+    """The hours of all sources that have keyframes outside of packs. Raises StoreUnavailable."""
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+        self._take = redis.register_script(_TAKE)
+
+    async def add(self, sizes: Mapping[tuple[str, int], int]) -> None:
+        """Note bytes that are about to be written, by source id and hour."""
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for (source_id, hour), nbytes in sizes.items():
+                pipe.hincrby(KeyframeKeys(source_id).loose, str(hour), nbytes)
+            await pipe.execute()
+
+    async def read(self, source_id: str) -> dict[int, Loose]:
+        """Return the hours of a source."""
+        return parse_loose(await self._redis.hgetall(KeyframeKeys(source_id).loose))
+
+    async def take(self, source_id: str, hour: int, nbytes: int) -> None:
+        """Note that so many bytes of an hour are packed now, or were never written."""
+        await self._take([KeyframeKeys(source_id).loose], [hour, nbytes])
+
+    async def leave(self, source_id: str, hour: int, nbytes: int, start: int | None = None) -> None:
+        """Note what an erasure has left of an hour, and the slot before which it left none."""
+        key = KeyframeKeys(source_id).loose
+        if not nbytes:
+            await self._redis.hdel(key, str(hour), f"{hour}{_FROM}")
+            return
+        left: dict[str, int] = {str(hour): nbytes}
+        await self._redis.hset(key, mapping=left | ({} if start is None else {f"{hour}{_FROM}": start}))  # type: ignore[arg-type]
+
+    async def drop(self, source_id: str) -> None:
+        """Forget all hours of a source."""
+        await self._redis.delete(KeyframeKeys(source_id).loose)
+
+
+def parse_loose(fields: Mapping[Any, Any]) -> dict[int, Loose]:
+    """Read the hash of a source."""
+    values = {name.decode(): int(value) for name, value in fields.items()}
+    return {
+        int(name): Loose(max(value, 0), values.get(f"{name}{_FROM}", 0))
+        for name, value in values.items()
+        if not name.endswith(_FROM)
+    }
