@@ -57,6 +57,7 @@ from store.leases import Leases
 from store.memory import Memory
 from store.moments import Found, Moments, Span
 from store.segments import Segments
+from store.sizes import KeyframeHours, TokenHours
 from store.sources import Sources
 from store.timeline import Timeline
 
@@ -204,6 +205,7 @@ class QA:
             model,
             prompt,
             Timeline(redis, facts.format, _segments(settings)),
+            Keyframes(redis, settings.store.segments_root),
             _sources(settings, redis),
             remote,
             remote,
@@ -246,7 +248,7 @@ class Gateway:
         redis, remote, questions = _redis(settings), RemoteCompressor(compressor), RemoteQuestions(qa)
         sources, keyframes = _sources(settings, redis), Keyframes(redis, settings.store.segments_root)
         timeline = Timeline(redis, (await remote.facts()).format, _segments(settings))
-        reader = RangeReader(timeline, sources, live_lag_s=settings.qa.live_lag_s)
+        reader = RangeReader(timeline, keyframes, sources, live_lag_s=settings.qa.live_lag_s)
         counters = Counters(redis)
         uploads = settings.store.uploads_dir
         await asyncio.to_thread(uploads.mkdir, parents=True, exist_ok=True)
@@ -272,7 +274,7 @@ class Gateway:
             describe=questions.describe,
             feed=Feed(Events(redis), ping_s=settings.api.sse_ping_s),
             readiness=Readiness(_probes(redis, keyframes, compressor, questions, ingest), settings.api.probe_timeout_s),
-            metrics=Metrics(sources, counters),
+            metrics=Metrics(sources, counters, TokenHours(redis), KeyframeHours(redis)),
             counters=counters,
             rate=None
             if settings.api.requests_per_minute is None

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 from pydantic_settings import (
@@ -41,6 +41,8 @@ from deploy.local import CannotServe, run
 from deploy.model_commands import Evaluate, Train
 from deploy.settings import PREFIX, Settings
 from deploy.times import BadTime, parse_duration, parse_moment, parse_position
+
+Gib = Annotated[float, Field(ge=2**-30, le=2**30, allow_inf_nan=False)]
 
 
 class UsageError(ValueError):
@@ -134,7 +136,12 @@ class AddStream(Opening):
     camera: CliPositionalArg[str] = Field(description="rtsp://host/path, without user name and password.")
     fps: float = Field(default=1.0, description="Frames remembered a second.")
     label: list[str] = Field(default=[], description="NAME=VALUE; may be repeated.")
-    retention_hours: float | None = Field(default=None, description="How long its memory is kept.")
+    retention_hours: float | None = Field(default=None, description="How long its memory is kept; else 168 hours.")
+    max_gib: Gib | None = Field(default=None, description="How much of its memory is kept, without pictures.")
+    keyframe_hours: float | None = Field(
+        default=None, description="How long its pictures are kept; else as its memory."
+    )
+    keyframe_max_gib: Gib | None = Field(default=None, description="How much of its pictures is kept.")
     wait: float = Field(default=0, description="Wait for the first frame, at most these seconds.")
 
     def cli_cmd(self) -> None:
@@ -147,6 +154,9 @@ class AddStream(Opening):
             fps=self.fps,
             labels=parse_labels(self.label),
             retention_hours=self.retention_hours,
+            retention_bytes=_bytes(self.max_gib),
+            keyframe_hours=self.keyframe_hours,
+            keyframe_bytes=_bytes(self.keyframe_max_gib),
         )
         with self.connect() as client:
             created = client.create_stream(stream, wait_s=self.wait)
@@ -323,6 +333,10 @@ def _split(named: str, start: str | None, end: str | None) -> tuple[str, str | N
     if not dots:
         raise UsageError(f"{named!r}: write the range as ID@START..END")
     return source_id, own_start or None, own_end or None
+
+
+def _bytes(gib: float | None) -> int | None:
+    return None if gib is None else round(gib * 2**30)
 
 
 def parse_labels(labels: list[str]) -> dict[str, str]:

@@ -284,14 +284,22 @@ class NewStream(CameraAddress):
     fps: float = 1.0
     labels: dict[str, str] = {}
     retention_hours: float | None = None
+    retention_bytes: int | None = None
+    keyframe_hours: float | None = None
+    keyframe_bytes: int | None = None
 
     def body(self) -> dict[str, Any]:
         """Return the JSON body of POST /v1/streams."""
         body = super().body()
-        body.pop("retention_hours", None)
-        if self.retention_hours is not None:
-            body["retention"] = {"hours": self.retention_hours}
-        return body
+        limits = {
+            name: body.pop(name, None)
+            for name in ("retention_hours", "retention_bytes", "keyframe_hours", "keyframe_bytes")
+        }
+        retention = _without_none({"hours": limits["retention_hours"], "max_bytes": limits["retention_bytes"]})
+        keyframes = _without_none({"hours": limits["keyframe_hours"], "max_bytes": limits["keyframe_bytes"]})
+        if keyframes:
+            retention["keyframes"] = keyframes
+        return body | ({"retention": retention} if retention else {})
 
 
 class Range(BaseModel):

@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -23,6 +23,7 @@ from qa_service.errors import (
     AnswerTimeout,
     EmptyAnswer,
     EmptyRange,
+    KeyframesNotKept,
     QueueFull,
     RangeTooLong,
     ScalingUp,
@@ -51,6 +52,8 @@ from qa_service.selection import expected, smallest_stride, stratified, thinned
 from qa_service.settings import QASettings
 from store.connection import StoreUnavailable
 from store.counters import Counters
+from store.hot import FrameNotKept
+from store.keyframes import Keyframes
 from store.moments import Moment, Span
 from store.sources import Source, Sources
 from store.timeline import Timeline
@@ -65,10 +68,11 @@ Fusion = Literal["exact", "sampled", "none"]
 
 @dataclass(frozen=True, slots=True)
 class Used:
-    """The frames of one range that an answer reads: slots (T,)."""
+    """The frames of one range that an answer reads: slots (T,), and those of them whose keyframes are kept."""
 
     reading: Reading
     slots: NDArray[np.int64]
+    pictured: NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +87,7 @@ class Plan:
     stride: int
     fusion: Fusion
     fusion_frames: tuple[tuple[str, tuple[int, ...]], ...]
+    note: str | None = None
 
     @property
     def frames(self) -> int:
@@ -91,6 +96,14 @@ class Plan:
     @property
     def fusion_count(self) -> int:
         return sum(len(slots) for _, slots in self.fusion_frames)
+
+    def without_picture(self, source_id: str, slot: int) -> "Plan":
+        """Return the plan with one keyframe fewer to choose from."""
+        left = [
+            replace(one, pictured=one.pictured[one.pictured != slot]) if one.reading.source.id == source_id else one
+            for one in self.used
+        ]
+        return replace(self, used=tuple(left))
 
     def head_key(self, ids_before: Sequence[int]) -> Hashable:
         """Name the rows in front of the question: the same frames, fused in the same way, behind the same text."""
@@ -140,6 +153,7 @@ class Answerer:
         model: LlavaMini,
         prompt: Prompt,
         timeline: Timeline,
+        keyframes: Keyframes,
         sources: Sources,
         fusion: TextFusion,
         space: SearchSpace,
@@ -158,7 +172,7 @@ class Answerer:
         self._model = model
         self._prompt = prompt
         self._tokens = TokenCache(timeline, settings.token_cache_bytes)
-        self._reader = RangeReader(timeline, sources, live_lag_s=settings.live_lag_s, now=now)
+        self._reader = RangeReader(timeline, keyframes, sources, live_lag_s=settings.live_lag_s, now=now)
         self._fusion = fusion
         self._space = space
         self._moments = moments
@@ -194,7 +208,7 @@ class Answerer:
         """Yield created, deltas, citations and the answer. Closing the generator ends the work.
 
         Raises ValidationFailed, BadTimeRange, EmptyRange, RangeTooLong, QueueFull, StreamNotFound and VideoNotFound
-        before the first event; AnswerTimeout, EmptyAnswer and StoreUnavailable at any time.
+        before the first event; KeyframesNotKept, AnswerTimeout, EmptyAnswer and StoreUnavailable at any time.
         """
         if self._asked >= self._settings.max_waiting:
             raise QueueFull(f"{self._asked} questions are waiting already; ask again in a moment.")
@@ -221,7 +235,7 @@ class Answerer:
 
         finding = asyncio.create_task(self._find(question.question, plan))
         try:
-            text = await watch.within(self._fused_text(plan))
+            plan, text = await watch.within(self._fused_text(plan, question.text_fusion))
             fusion_ms = watch.ms()
             generation = await watch.within(self._generation(question, plan, text))
             load_ms = watch.ms() - fusion_ms
@@ -270,7 +284,7 @@ class Answerer:
             raise await self._empty(readings)
         max_frames = self._room(question, input_ids)
         stride = smallest_stride(readings, max_frames) if question.stride == "auto" else question.stride
-        used = tuple(Used(reading, thinned(reading, stride)) for reading in readings)
+        used = tuple([await self._used(reading, stride) for reading in readings])
         frames = sum(len(one.slots) for one in used)
         if frames > max_frames:
             raise RangeTooLong(
@@ -279,8 +293,11 @@ class Answerer:
                 param="sources[0].end" if len(used) == 1 else "sources",
                 details={"frames": frames, "max_frames": max_frames},
             )
-        fusion, count = self._fusion_mode(question.text_fusion, frames)
-        return Plan(input_ids, used, stride, fusion, _fusion_frames(used, count))
+        return self._fused(Plan(input_ids, used, stride, "none", ()), question.text_fusion)
+
+    async def _used(self, reading: Reading, stride: int) -> Used:
+        slots = thinned(reading, stride)
+        return Used(reading, slots, await self._reader.pictured(reading.source, slots))
 
     def _input_ids(self, question: Question) -> tuple[int, ...]:
         limit = self._settings.max_question_chars
@@ -341,20 +358,42 @@ class Answerer:
             details={"sources": told},
         )
 
-    def _fusion_mode(self, asked: str, frames: int) -> tuple[Fusion, int]:
-        """Return the mode, and the number of frames that text is fused with."""
+    def _fused(self, plan: Plan, asked: str) -> Plan:
+        """Settle which frames the text is fused with: of those whose keyframes are kept. Raises KeyframesNotKept."""
+        frames, pictured = plan.frames, sum(len(one.pictured) for one in plan.used)
         if asked == "none":
-            return "none", 0
-        if asked == "exact" or frames <= self._settings.fusion_frames:  # a sample of all frames is no sample
-            return "exact", frames
-        return "sampled", self._settings.fusion_frames
+            return replace(plan, fusion="none", fusion_frames=())
+        if asked == "exact" and pictured < frames:
+            raise KeyframesNotKept(
+                f"Exact text fusion looks at the pictures of all {frames} frames again, and {pictured} of them are "
+                'kept: ask with `text_fusion` "auto", or about a range whose pictures are kept.',
+                param="text_fusion",
+                details={"frames": frames, "keyframes": pictured},
+            )
+        note = None
+        if pictured < frames:
+            looked = "text fusion looked at those alone" if pictured else "so there is no text fusion"
+            note = f"Of {frames} frames {pictured} have their pictures still; {looked}."
+        count = frames if asked == "exact" else min(self._settings.fusion_frames, pictured)
+        fusion: Fusion = "none" if not count else "exact" if count == frames else "sampled"  # all are no sample
+        return replace(plan, fusion=fusion, fusion_frames=_fusion_frames(plan.used, count), note=note)
 
     # What the model reads
 
-    async def _fused_text(self, plan: Plan) -> Tensor:
-        """Return the rows of the prompt's text (L, D), averaged over the plan's fusion frames in float32."""
-        if plan.fusion == "none":
-            return self._model.embed_text(torch.tensor(plan.input_ids))
+    async def _fused_text(self, plan: Plan, asked: str) -> tuple[Plan, Tensor]:
+        """Return the rows of the prompt's text (L, D), averaged over fusion frames in float32, and which those were.
+
+        Raises KeyframesNotKept.
+        """
+        while plan.fusion != "none":
+            try:
+                return plan, await self._mean(plan)
+            except FrameNotKept as error:  # it went since the plan was made
+                plan = self._fused(plan.without_picture(error.source_id, error.slot), asked)
+        return plan, self._model.embed_text(torch.tensor(plan.input_ids))
+
+    async def _mean(self, plan: Plan) -> Tensor:
+        """Return the fused text (L, D), averaged over the plan's fusion frames. Raises FrameNotKept."""
         total: NDArray[np.float32] | None = None
         for frames in _batches(plan.fusion_frames, self._settings.fusion_batch_frames):
             part = await self._fusion.fuse_text(plan.input_ids, frames)
@@ -398,7 +437,12 @@ class Answerer:
             logger.info("no citations: %s", error)
             return _Support(note=f"The answer has no citations: {error.message}")
         sources = {one.reading.source.id: one.reading.source for one in plan.used}
-        return _Support([_citation(sources[moment.source_id], moment) for moment in found.moments], found.partial)
+        pictured = {(one.reading.source.id, slot) for one in plan.used for slot in one.pictured.tolist()}
+        citations = [
+            _citation(sources[one.source_id], one, is_pictured=(one.source_id, one.slot) in pictured)
+            for one in found.moments
+        ]
+        return _Support(citations, found.partial)
 
     def _usage(self, plan: Plan, made: int) -> Usage:
         video_tokens = plan.frames * self._model.config.tokens_per_frame
@@ -412,7 +456,7 @@ class Answerer:
 
 
 def _coverage(plan: Plan, support: _Support) -> Coverage:
-    notes = [one.reading.note for one in plan.used] + [support.note]
+    notes = [*(one.reading.note for one in plan.used), plan.note, support.note]
     return Coverage(
         slots_expected=sum(expected(one.reading, plan.stride) for one in plan.used),
         frames_used=plan.frames,
@@ -429,7 +473,7 @@ def _coverage(plan: Plan, support: _Support) -> Coverage:
     )
 
 
-def _citation(source: Source, moment: Moment) -> Citation:
+def _citation(source: Source, moment: Moment, *, is_pictured: bool) -> Citation:
     return Citation(
         source_id=source.id,
         start=write_slot(source, moment.start),
@@ -437,21 +481,21 @@ def _citation(source: Source, moment: Moment) -> Citation:
         time=write_slot(source, moment.slot),
         score=round(moment.score, 4),
         method="search",
-        frame_url=frame_url(source, moment.slot),
+        frame_url=frame_url(source, moment.slot) if is_pictured else None,
     )
 
 
 def _fusion_frames(used: Sequence[Used], count: int) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """Choose `count` of the used frames, spread over all ranges in their order."""
+    """Choose `count` of the used frames whose keyframes are kept, spread over all ranges in their order."""
     if not count:
         return ()
-    chosen = stratified(np.arange(sum(len(one.slots) for one in used)), count)
+    chosen = stratified(np.arange(sum(len(one.pictured) for one in used)), count)
     frames, first = [], 0
     for one in used:
-        behind = first + len(one.slots)
+        behind = first + len(one.pictured)
         own = chosen[(chosen >= first) & (chosen < behind)] - first
         if len(own):
-            frames.append((one.reading.source.id, tuple(one.slots[own].tolist())))
+            frames.append((one.reading.source.id, tuple(one.pictured[own].tolist())))
         first = behind
     return tuple(frames)
 

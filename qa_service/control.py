@@ -14,6 +14,7 @@ from qa_service.clock import write_stream_time
 from qa_service.errors import StreamTaken, ValidationFailed
 from qa_service.keys import Caller
 from qa_service.schemas import (
+    KeyframeRetention,
     Retention,
     StreamBody,
     StreamDeleted,
@@ -39,6 +40,7 @@ from store.idempotency import Idempotency
 from store.memory import Memory
 from store.sources import (
     Damage,
+    KeyframesOutlive,
     NewStream,
     NewVideo,
     Sources,
@@ -93,15 +95,16 @@ class SourceControl:
     ) -> StreamBody:
         """Register a camera and return it, after at most `wait_s` seconds for its first frame or its failure.
 
-        Raises BadUrl, StreamTaken, SourceForbidden and, for a repeated `key` that does not fit, IdempotencyConflict.
+        Raises BadUrl, StreamTaken, SourceForbidden, ValidationFailed for keyframes that would outlive their frames and,
+        for a repeated `key` that does not fit, IdempotencyConflict.
         """
         caller.require_new_sources()
 
         async def create() -> StreamBody:
             await self._check_camera_url(request.url)
             fields = request.model_dump(exclude={"retention"})
-            new = NewStream(**fields, retention_hours=request.retention.hours)
-            with _taken_as_seen_by(caller):
+            new = NewStream(**fields, **_retention_fields(request.retention))
+            with _taken_as_seen_by(caller), _retention_that_can_be():
                 stream = await self._sources.create_stream(new)
             return await self._stream_body(stream)
 
@@ -137,18 +140,22 @@ class SourceControl:
         return StreamList(data=data, has_more=page.next_cursor is not None, next_cursor=page.next_cursor)
 
     async def update_stream(self, caller: Caller, stream_id: str, patch: StreamPatch) -> StreamBody:
-        """Change the fields that are given. Raises StreamNotFound, StreamTaken, StateConflict and BadUrl."""
+        """Change the fields that are given.
+
+        Raises StreamNotFound, StreamTaken, StateConflict, BadUrl, and ValidationFailed for keyframes that would outlive
+        their frames.
+        """
         caller.require_source(stream_id)
         await self._sources.get_stream(stream_id)
         if "url" in patch.model_fields_set:
             await self._check_camera_url(patch.url)
         changes: Any = patch.model_dump(exclude_unset=True, exclude={"retention", "password"})
         if "retention" in patch.model_fields_set:
-            changes["retention_hours"] = patch.retention.hours
+            changes |= _retention_fields(patch.retention, given_only=True)
         if "password" in patch.model_fields_set:
             changes["password"] = None if patch.password is None else patch.password.get_secret_value()
         typed: StreamChanges = changes
-        with _taken_as_seen_by(caller):
+        with _taken_as_seen_by(caller), _retention_that_can_be():
             stream = await self._sources.update_stream(stream_id, **typed)
         return await self._stream_body(stream)
 
@@ -305,6 +312,33 @@ def _taken_as_seen_by(caller: Caller) -> Iterator[None]:
         ) from None
 
 
+@contextmanager
+def _retention_that_can_be() -> Iterator[None]:
+    try:
+        yield
+    except KeyframesOutlive as error:
+        raise ValidationFailed(
+            f"{str(error).capitalize()}.",
+            param="retention.keyframes.hours",
+            details={"hours": error.retention_hours, "keyframe_hours": error.keyframe_hours},
+        ) from None
+
+
+def _retention_fields(retention: Retention, *, given_only: bool = False) -> dict[str, Any]:
+    """Return a retention as the registry names it."""
+    named = {
+        "retention_hours": (retention, "hours"),
+        "retention_bytes": (retention, "max_bytes"),
+        "keyframe_hours": (retention.keyframes, "hours"),
+        "keyframe_bytes": (retention.keyframes, "max_bytes"),
+    }
+    return {
+        name: getattr(body, field)
+        for name, (body, field) in named.items()
+        if not given_only or field in body.model_fields_set
+    }
+
+
 def _stream_body(stream: Stream, status: StreamStatus) -> StreamBody:
     return StreamBody(
         id=stream.id,
@@ -315,7 +349,11 @@ def _stream_body(stream: Stream, status: StreamStatus) -> StreamBody:
         transport=stream.transport,
         fps=stream.fps,
         labels=stream.labels,
-        retention=Retention(hours=stream.retention_hours),
+        retention=Retention(
+            hours=stream.retention_hours,
+            max_bytes=stream.retention_bytes,
+            keyframes=KeyframeRetention(hours=stream.keyframe_hours, max_bytes=stream.keyframe_bytes),
+        ),
         enabled=stream.enabled,
         created_at=write_stream_time(stream.created_at),
         state=status.state,

@@ -13,6 +13,7 @@ from qa_service import clock
 from qa_service.errors import BadTimeRange
 from qa_service.schemas import GapBody, StreamRange, Time, VideoRange
 from store.gaps import Gap, GapReason
+from store.keyframes import Keyframes
 from store.sources import Source, SourceNotFound, Sources, Stream, StreamNotFound, Video, VideoNotFound
 from store.timeline import Timeline
 
@@ -63,9 +64,16 @@ class RangeReader:
     """Reads presence and gaps of ranges. Raises StoreUnavailable, StreamNotFound and VideoNotFound."""
 
     def __init__(
-        self, timeline: Timeline, sources: Sources, *, live_lag_s: float, now: Callable[[], float] = time.time
+        self,
+        timeline: Timeline,
+        keyframes: Keyframes,
+        sources: Sources,
+        *,
+        live_lag_s: float,
+        now: Callable[[], float] = time.time,
     ) -> None:
         self._timeline = timeline
+        self._keyframes = keyframes
         self._sources = sources
         self._live_lag_s = live_lag_s
         self._now = now
@@ -135,6 +143,10 @@ class RangeReader:
         gaps = _with_reasons(runs, recorded, await self._usual_reasons(source))
         return Reading(source, start, expected_end, present, tuple(gaps), note)
 
+    async def pictured(self, source: Source, slots: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return those of the slots (T,) whose keyframes are kept, as far as this is known without looking at files."""
+        return slots[await self._keyframes.kept(source.id, slots)]
+
     async def nearest(self, source: Source, start: int, end: int) -> tuple[int | None, int | None]:
         """Return the last kept slot before [start, end) and the first one behind it."""
         extent = await self._timeline.extent(source.id)
@@ -180,7 +192,7 @@ class RangeReader:
         stopped = max(kept_from, clock.slot_at(status.since, source.fps)) if status.state == "disabled" else _EVER
         bounds: list[tuple[int, int, GapReason]] = [
             (0, created, "not_registered"),
-            (created, kept_from, "erased"),
+            (created, kept_from, "expired"),
             (kept_from, stopped, "stream_down"),
             (stopped, _EVER, "not_registered"),
         ]

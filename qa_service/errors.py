@@ -71,6 +71,10 @@ class FrameMissing(ServiceError, LookupError):
     """No frame is kept of the slot; details tell the nearest ones."""
 
 
+class KeyframesNotKept(ServiceError, ValueError):
+    """Exact text fusion needs the pictures of all frames, and some of them are gone; details tell how many."""
+
+
 class RangeTooLong(ServiceError, ValueError):
     """The range has more frames than the model can read at once."""
 
@@ -186,6 +190,7 @@ TABLE: Mapping[type[Exception], Reply] = {
     ),
     FrameMissing: Reply(404, "frame_not_kept"),
     FrameNotKept: Reply(404, "frame_not_kept", "The frame of this time is not kept."),
+    KeyframesNotKept: Reply(422, "keyframes_not_kept"),
     BadCursor: Reply(422, "validation_failed"),
     BadEventId: Reply(422, "validation_failed"),
     StreamTaken: Reply(409, "stream_exists"),

@@ -1,5 +1,7 @@
 """Moments that look like a text or a picture."""
 
+import numpy as np
+
 from qa_service import clock
 from qa_service.coverage import RangeReader, frame_url, write_slot
 from qa_service.errors import inverted
@@ -38,6 +40,12 @@ class Finder:
             assert request.query is not None
             [vector] = await self._space.embed_text([request.query])
         found = await self._moments.search(vector, spans, top_k=request.top_k, min_score=request.min_score)
+        pictured = {
+            source_id: await self._reader.pictured(
+                source, np.array([one.slot for one in found.moments if one.source_id == source_id], np.int64)
+            )
+            for source_id, source in sources.items()
+        }
         return MomentList(
             data=[
                 MomentBody(
@@ -46,7 +54,9 @@ class Finder:
                     end=write_slot(sources[one.source_id], one.end),
                     time=write_slot(sources[one.source_id], one.slot),
                     score=round(one.score, 4),
-                    frame_url=frame_url(sources[one.source_id], one.slot),
+                    frame_url=frame_url(sources[one.source_id], one.slot)
+                    if one.slot in pictured[one.source_id]
+                    else None,
                 )
                 for one in found.moments
             ],

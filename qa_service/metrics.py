@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from prometheus_client import Counter as Total
 
 from store.counters import Counters
+from store.sizes import KeyframeHours, TokenHours
 from store.sources import PAGE_LIMIT, Sources, Stream, StreamState, StreamStatus, Video, VideoState
 
 STREAM_STATES = get_args(StreamState)
@@ -19,15 +20,18 @@ VIDEO_STATES = get_args(VideoState)
 class Metrics:
     """Writes the metrics. Raises StoreUnavailable."""
 
-    def __init__(self, sources: Sources, counters: Counters) -> None:
+    def __init__(self, sources: Sources, counters: Counters, tokens: TokenHours, keyframes: KeyframeHours) -> None:
         self._sources = sources
         self._counters = counters
+        self._tokens = tokens
+        self._keyframes = keyframes
 
     async def text(self) -> bytes:
         """Return the metrics in Prometheus' text format."""
         registry = CollectorRegistry()
         self._put_streams(registry, await self._statuses())
         self._put_videos(registry, Counter[str](video.status for video in await self._videos()))
+        await self._put_sizes(registry)
         total = Total("tokenline_events", "What happened so far, by name.", ["event"], registry=registry)
         for name, count in (await self._counters.counters()).items():
             total.labels(name).inc(count)
@@ -54,6 +58,18 @@ class Metrics:
         videos = Gauge("tokenline_videos", "Videos by status.", ["status"], registry=registry)
         for state in VIDEO_STATES:
             videos.labels(state).set(states[state])
+
+    async def _put_sizes(self, registry: CollectorRegistry) -> None:
+        source_ids = [kept.source.id for kept in await self._sources.everything()]  # deleted ones have memory too
+        tokens = (await self._tokens.totals(source_ids)).values()
+        sizes = {
+            "tokens_redis": sum(one.hot for one in tokens),
+            "tokens_sealed": sum(one.sealed for one in tokens),
+            "keyframes": sum((await self._keyframes.totals(source_ids)).values()),
+        }
+        kept = Gauge("tokenline_kept_bytes", "Bytes of memory that are kept, by kind.", ["kind"], registry=registry)
+        for kind, size in sizes.items():
+            kept.labels(kind).set(size)
 
     async def _statuses(self) -> list[StreamStatus]:
         streams: list[Stream] = []

@@ -21,6 +21,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from qa_service import clock
+from store.gaps import GapReason
 
 BAD_TIME_RANGE = "bad_time_range"  # the type of validation errors that have a code of their own
 PATH_TAGS = frozenset({"a stream's range", "a video's range", "an id", "constrained-int", "literal['auto']", "[key]"})
@@ -119,10 +120,28 @@ class ErrorBody(Body):
 # Streams
 
 
+Hours = Annotated[float, Field(gt=0, le=24 * 366 * 10, allow_inf_nan=False)]
+MaxBytes = Annotated[int, Field(strict=True, gt=0, le=2**60)]
+
+
+class KeyframeRetention(Body):
+    """How long pictures are kept. Answers go on without them; only text fusion looks at them again."""
+
+    hours: Hours | None = Field(default=None, description="At most those of the frames. Null: as long as those.")
+    max_bytes: MaxBytes | None = Field(default=None, description="The oldest full hours go beyond it. Null: no limit.")
+
+
 class Retention(Body):
-    hours: Annotated[float, Field(gt=0, le=24 * 366 * 10, allow_inf_nan=False)] = Field(
-        default=168, description="Hours that the memory of a stream is kept."
+    """How long, and how much, of a stream is kept; in a change, what is left out stays.
+
+    What is gone is a gap with the reason `expired`.
+    """
+
+    hours: Hours = Field(default=168, description="Hours that the memory of a stream is kept.")
+    max_bytes: MaxBytes | None = Field(
+        default=None, description="Bytes of its frame tokens; the oldest full hours go beyond it. Null: no limit."
     )
+    keyframes: KeyframeRetention = KeyframeRetention()
 
 
 class StreamRequest(Body):
@@ -137,7 +156,7 @@ class StreamRequest(Body):
             "transport": "tcp",
             "fps": 1,
             "labels": {"site": "north"},
-            "retention": {"hours": 168},
+            "retention": {"hours": 720, "keyframes": {"hours": 24}},
             "enabled": True,
         }
     )
@@ -370,10 +389,15 @@ class ErasureReceipt(Body):
     completed_at: str
 
 
+_GAP_REASON = (
+    "`stream_down`, `decode_error`, `shed`, `not_registered`, `erased` (on demand) or `expired` (by retention)."
+)
+
+
 class GapBody(Body):
     start: Time
     end: Time
-    reason: str
+    reason: GapReason = Field(description=_GAP_REASON)
 
 
 class TimelineBody(Body):
@@ -452,7 +476,9 @@ class Question(Body):
     question: str = Field(min_length=1)
     sources: list[SourceRange] = Field(min_length=1, max_length=64)
     text_fusion: Literal["auto", "exact", "sampled", "none"] = Field(
-        default="auto", description="How many frames the question's words look at again: all, a sample, or none."
+        default="auto",
+        description="How many frames the question's words look at again: all, a sample, or none. Frames whose pictures "
+        "are not kept any more cannot be looked at: `exact` is refused then, the others go without them and say so.",
     )
     stride: Annotated[int, Field(ge=1, le=1_000_000)] | Literal["auto"] = Field(
         default=1, description="Every n-th frame; `auto`: the smallest stride that fits the model's context."
@@ -471,14 +497,14 @@ class Citation(Body):
     time: Time
     score: float
     method: Literal["search", "attention"]
-    frame_url: str
+    frame_url: str | None = Field(description="Where its picture is served; null if that is not kept any more.")
 
 
 class CoverageGap(Body):
     source_id: str
     start: Time
     end: Time
-    reason: str
+    reason: GapReason = Field(description=_GAP_REASON)
 
 
 class Coverage(Body):
@@ -487,8 +513,8 @@ class Coverage(Body):
     slots_expected: int
     frames_used: int
     stride: int
-    text_fusion: Literal["exact", "sampled", "none"]
-    fusion_frames: int
+    text_fusion: Literal["exact", "sampled", "none"] = Field(description="What was done, whatever was asked for.")
+    fusion_frames: int = Field(description="Frames that the question's words looked at.")
     partial: bool = Field(
         default=False, description="True if the citations come from a search that had not all of the frames loaded yet."
     )
@@ -606,7 +632,7 @@ class MomentBody(Body):
     end: Time
     time: Time
     score: float
-    frame_url: str
+    frame_url: str | None = Field(description="Where its picture is served; null if that is not kept any more.")
 
 
 class SearchCoverage(Body):

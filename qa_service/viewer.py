@@ -75,7 +75,6 @@ class Viewer:
         slot = clock.slot_at(asked_seconds(source, time, "time"), source.fps)
         try:
             [captured_ms] = await self._timeline.times(source.id, np.array([slot], np.int64))
-            jpeg = await self._keyframes.get(source.id, slot)
         except FrameNotKept:
             before, behind = await self._reader.nearest(source, slot, slot + 1)
             raise FrameMissing(
@@ -85,5 +84,13 @@ class Viewer:
                     "nearest_before": None if before is None else write_slot(source, before),
                     "nearest_after": None if behind is None else write_slot(source, behind),
                 },
+            ) from None
+        try:
+            jpeg = await self._keyframes.get(source.id, slot)
+        except FrameNotKept:
+            raise FrameMissing(
+                "The picture of this time is not kept any more, only its frame token: questions about it are answered, "
+                "but it cannot be shown.",
+                param="time",
             ) from None
         return Picture(jpeg, write_time(source, int(captured_ms) / 1000))

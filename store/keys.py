@@ -78,9 +78,8 @@ class TimelineKeys:
     def changes(self) -> str:
         """Hash of marks by hour, and by block with a `b` before its number, until the hour is sealed.
 
-        Every write and erasure of a hot block leaves new ones. Every change of which hours are sealed, and by what, leaves
-        one under SEALED_MARK.
-        """
+        Every write and erasure of a hot block leaves new ones. Every change of which hours are sealed, and by what,
+        leaves one under SEALED_MARK.
         """
         return f"{self._root}:changes"
 

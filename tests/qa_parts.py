@@ -57,6 +57,7 @@ from store.memory import Memory
 from store.moments import Moments
 from store.segments import Segments
 from store.settings import StoreSettings
+from store.sizes import KeyframeHours, TokenHours
 from store.sources import NewStream, NewVideo, Sources, Stream, StreamStatus, Video, VideoStatus
 from store.timeline import Timeline
 from tests.ingest_parts import settings as ingest_settings
@@ -185,6 +186,7 @@ async def open_parts(
         model,
         prompt,
         timeline,
+        keyframes,
         sources,
         compressor,
         compressor,
@@ -194,7 +196,7 @@ async def open_parts(
         model_name="small",
         now=lambda: now,
     )
-    reader = RangeReader(timeline, sources, live_lag_s=qa.live_lag_s, now=lambda: now)
+    reader = RangeReader(timeline, keyframes, sources, live_lag_s=qa.live_lag_s, now=lambda: now)
     settings = ingest_settings(allowed_networks=("203.0.113.0/24", *allowed_networks))
     addresses, sandbox = Addresses(AddressPolicy(settings.allowed_networks)), Sandbox(settings)
 
@@ -240,7 +242,7 @@ async def open_parts(
         describe=describe,
         feed=Feed(Events(redis), ping_s=api.sse_ping_s),
         readiness=Readiness({"redis": ping}, api.probe_timeout_s),
-        metrics=Metrics(sources, Counters(redis)),
+        metrics=Metrics(sources, Counters(redis), TokenHours(redis), KeyframeHours(redis)),
         counters=Counters(redis),
         rate=RateLimit(redis, api.requests_per_minute) if api.requests_per_minute else None,
     )

@@ -38,7 +38,7 @@ async def test_a_stream_is_registered_shown_listed_changed_and_deleted(client):
     assert made.status_code == 201
     stream = made.json()
     assert stream["state"] == "connecting"
-    assert stream["retention"] == {"hours": 24}
+    assert stream["retention"] == {"hours": 24, "max_bytes": None, "keyframes": {"hours": None, "max_bytes": None}}
     assert stream["has_password"] is True
     assert stream["created_at"].endswith("Z")
 

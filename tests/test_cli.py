@@ -509,6 +509,23 @@ def test_a_password_is_sent_and_shown_nowhere():
     assert "s3cret" not in repr(stream)
 
 
+def test_limits_of_a_stream_are_sent_only_where_they_are_given():
+    stream = NewStream(name="dock", url="rtsp://h/1")
+    assert "retention" not in stream.body()
+    for limits, sent in [
+        ({"retention_bytes": 5}, {"max_bytes": 5}),
+        ({"keyframe_hours": 24}, {"keyframes": {"hours": 24}}),
+        ({"retention_hours": 9, "keyframe_bytes": 7}, {"hours": 9, "keyframes": {"max_bytes": 7}}),
+    ]:
+        assert stream.model_copy(update=limits).body()["retention"] == sent
+
+
+@pytest.mark.parametrize("flags", [("--max-gib", "0"), ("--max-gib", "-1"), ("--keyframe-max-gib", "nan")])
+def test_a_size_that_is_none_is_a_wrong_command_line(flags, capsys):
+    assert run_command(["streams", "add", "dock", "rtsp://h/1", *flags]) == 2
+    assert flags[0].removeprefix("--") in capsys.readouterr().err.replace("_", "-")
+
+
 def test_a_video_that_failed_says_why(capsys):
     failed = {"id": "vid_1", "name": "yard", "status": "failed", "error": {"message": "no picture could be decoded"}}
     with stranger(200, json.dumps(failed)) as (url, _):

@@ -77,12 +77,16 @@ def test_a_camera_is_added_listed_shown_and_removed(tokenline, monkeypatch):
         "site=north",
         "--retention-hours",
         "2",
+        "--max-gib",
+        "0.5",
+        "--keyframe-hours",
+        "1",
     )
     code, out, err = tokenline("streams", "add", "gate", "rtsp://1.1.1.1/live", *flags, "--json")
     added = json.loads(out)
     assert (code, err) == (0, "")
     assert added["has_password"]
-    assert added["retention"] == {"hours": 2}
+    assert added["retention"] == {"hours": 2, "max_bytes": 2**29, "keyframes": {"hours": 1, "max_bytes": None}}
 
     assert json.loads(tokenline("streams", "list", "--label", "site=north", "--json")[1]) == [added]
     assert json.loads(tokenline("streams", "list", "--label", "site=south", "--json")[1]) == []
