@@ -96,6 +96,7 @@ class StoreDesk:
 
     async def _camera(self, stream: Stream) -> Camera:
         password = await self._sources.password(stream.id)
+        assert stream.url is not None  # none is enabled without one
         return Camera(url=stream.url, username=stream.username, password=password, transport=stream.transport)
 
 

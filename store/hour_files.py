@@ -25,6 +25,9 @@ from store.format import HOUR_SLOTS
 
 SLOT_DTYPE = np.dtype("<i4")  # slots within the hour: every file has them
 
+Tensors = Mapping[str, tuple[str, NDArray[Any]]]
+"""The tensors of a file by name, each with its dtype as safetensors calls it."""
+
 _SUFFIX = ".safetensors"
 _KNOWN_HOURS = 1024  # whose slots, 29 KB each, are held
 _MAX_HEADER_BYTES = 2**20  # some hundred bytes are usual
@@ -142,20 +145,20 @@ class HourFiles:
         hour: int,
         label: str,
         generation: int,
-        tensors: Mapping[str, tuple[str, NDArray[Any]]],
+        tensors: Tensors,
         facts: Mapping[str, str],
     ) -> tuple[str, Parsed]:
         """Write a file, wait until it is on disk, read it back and check it; return its name. HourFileDamaged."""
         metadata = {"source_id": source_id, "hour": str(hour), "generation": str(generation), **facts}
         file = f"{label}-{generation:06d}-{uuid4().hex[:12]}{_SUFFIX}"
-        content, checksum = _serialized(tensors, metadata)
+        content, checksum = serialized(tensors, metadata)
         path = f"{self._hour(source_id, hour)}/{file}"
         self._files.write({path: content}, synced=True)
         try:
-            parsed = self._read_whole(source_id, hour, file)
-            if parsed.metadata["checksum"] != checksum:
+            read = self._read_whole(source_id, hour, file)
+            if read.metadata["checksum"] != checksum:
                 raise HourFileDamaged(f"{file} is not what was written")
-            return file, parsed
+            return file, read
         except HourFileDamaged:
             self._files.remove([path])
             raise
@@ -165,9 +168,9 @@ class HourFiles:
         [content] = self._files.read([f"{self._hour(source_id, hour)}/{file}"])
         if content is None:
             raise HourFileGone(file)
-        parsed = _parsed(content, file)
-        _require(parsed.metadata, source_id, hour, file)
-        return parsed
+        read = parsed(content, file)
+        _require(read.metadata, source_id, hour, file)
+        return read
 
     def _read_head(self, source_id: str, hour: int, file: str) -> Parsed:
         """Read what a file says of itself and its slots alone, and see that it is as long as it says.
@@ -208,7 +211,7 @@ def _slots(bits: str, hour: int) -> NDArray[np.int64]:
     return slots
 
 
-def _serialized(tensors: Mapping[str, tuple[str, NDArray[Any]]], metadata: Mapping[str, str]) -> tuple[bytes, str]:
+def serialized(tensors: Tensors, metadata: Mapping[str, str]) -> tuple[bytes, str]:
     """Return the content of a file and its checksum."""
     arrays = {name: (dtype, np.ascontiguousarray(array)) for name, (dtype, array) in tensors.items()}
     checksum = _checksum(arrays[name][1].tobytes() for name in sorted(arrays))
@@ -221,7 +224,8 @@ def _serialized(tensors: Mapping[str, tuple[str, NDArray[Any]]], metadata: Mappi
     return safetensors.serialize(specs, {**metadata, "checksum": checksum}), checksum
 
 
-def _parsed(content: bytes, file: str) -> Parsed:
+def parsed(content: bytes, file: str) -> Parsed:
+    """Take the content of a file apart. Raises HourFileDamaged."""
     try:
         (size,) = _LENGTH.unpack_from(content)
     except struct.error:

@@ -15,6 +15,7 @@ from store.connection import StoreUnavailable
 from store.format import HOUR_SLOTS
 from store.hot import has_tokens
 from store.hour_files import HourFileDamaged
+from store.imports import ImportNotFound, Imports
 from store.leases import Leases
 from store.memory import Erased, Memory
 from store.recovery import Recovery
@@ -50,6 +51,7 @@ class Janitor:
         self._memory = memory
         self._settings = settings
         self._leases = Leases(redis)
+        self._imports = Imports(redis, sources)
         self._owner = f"janitor-{uuid4().hex[:12]}"
         self._retention = Retention(redis, sources, memory, settings)
         self._unpacked: dict[str, set[int]] = {}  # full hours by source whose keyframes are not packed yet
@@ -81,7 +83,7 @@ class Janitor:
 
         Sealing comes last: on a disk that is full, the rest makes room for it.
         """
-        everything = await self._sources.everything()
+        everything = [kept for kept in await self._sources.everything() if not await self._is_coming(kept)]
         erased = Erased()
         clean, stays = set(), []
         for kept in everything:
@@ -121,6 +123,13 @@ class Janitor:
             self._unpacked.clear()
             self._retention.forget_all()
         return taken
+
+    async def _is_coming(self, kept: Kept) -> bool:
+        """Return whether a source is being imported. An import that has stopped is purged from the next sweep on."""
+        if kept.hidden and not await self._imports.is_alive(kept.source.id):
+            with contextlib.suppress(ImportNotFound):  # it was completed a moment ago
+                await self._imports.abandon(kept.source.id)
+        return kept.hidden
 
     async def _leaves(self, kept: Kept) -> bool:
         """Return whether a source is to be forgotten: purged, or deleted and past its retention."""

@@ -54,25 +54,31 @@ class Keyframes:
 
     async def get_many(self, source_id: str, slots: Sequence[int]) -> list[bytes]:
         """Return the keyframes of the slots in the order asked; FrameNotKept names the first absent one."""
+        found = await self.find(source_id, slots)
+        absent = next((slot for slot in slots if slot not in found), None)
+        if absent is not None:
+            raise FrameNotKept(source_id, int(absent))
+        return [found[slot] for slot in slots]
+
+    async def find(self, source_id: str, slots: Sequence[int]) -> dict[int, bytes]:
+        """Return those of the slots' keyframes that are kept."""
         if not len(slots):
-            return []
+            return {}
         first, last = int(min(slots)) // HOUR_SLOTS, int(max(slots)) // HOUR_SLOTS
         before: list[Pack] | None = None
         for _ in range(TRIES):
             packed = await self._packed.between(source_id, first, last)
             lost: str | None = None
+            found: dict[int, bytes] = {}
             try:
                 found = await self._read(source_id, packed, slots)
-                absent = next((slot for slot in slots if slot not in found), None)
-                if absent is None:
-                    return [found[slot] for slot in slots]
             except HourFileGone as error:
                 lost = str(error)
             # Packed or erased between the looks? Only what is absent twice in the same state is not kept.
             if packed == before and lost is not None:
                 raise StoreUnavailable(f"the pack {lost} of {source_id} is lost: restore it or erase the hour")
-            if packed == before and absent is not None:
-                raise FrameNotKept(source_id, int(absent))
+            if lost is None and (packed == before or all(slot in found for slot in slots)):
+                return found
             before = packed
         raise StoreUnavailable(f"the keyframes of {source_id} change all the time; read them again")
 
@@ -146,6 +152,22 @@ class Keyframes:
     async def packed(self, source_id: str) -> list[Pack]:
         """Return the packs of the hours that are packed, in order."""
         return await self._packed.between(source_id)
+
+    async def restore(self, source_id: str, hour: int, jpegs: Mapping[int, bytes]) -> bool:
+        """Add keyframes of an hour that is over straight to its pack; those that are packed stay as they are.
+
+        False, and nothing is added, if the hour changed meanwhile.
+        Raises HourFileDamaged if the pack does not read back as it was written.
+        """
+        old = next(iter(await self._packed.between(source_id, hour, hour)), None)
+        changes = await self._packed.changes(source_id, hour)
+        try:
+            packed = {} if old is None else await self._content(source_id, old)
+        except HourFileGone:
+            return False
+        if jpegs.keys() <= packed.keys():
+            return True
+        return await self._replace(source_id, hour, old, {**jpegs, **packed}, changes)
 
     async def erase(self, source_id: str, start: int | None = None, end: int | None = None) -> int:
         """Erase the keyframes of slots [start, end) and return how many; None leaves a side unbounded."""

@@ -9,18 +9,17 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from threading import Lock
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from store.format import HOUR_SLOTS
-from store.hour_files import SLOT_DTYPE, HourFileDamaged, HourFiles, HourManifest, Parsed
+from store.hour_files import SLOT_DTYPE, HourFileDamaged, HourFiles, HourManifest, Parsed, Tensors
 
 LABEL = "keyframes"
 READ_THROUGH_BYTES = 2**18  # that nobody asked for, between two keyframes that are wanted: read along, which is quicker
+END_DTYPE = np.dtype("<i8")
 _KNOWN_PACKS = 256  # whose index of some 40 KB is held
-_END_DTYPE = np.dtype("<i8")
 
 
 class Pack(HourManifest):
@@ -56,13 +55,8 @@ class Packs(HourFiles):
         return _described(file, await asyncio.to_thread(self._read_head, source_id, hour, file))
 
     def _write(self, source_id: str, hour: int, generation: int, jpegs: Mapping[int, bytes]) -> Pack:
-        slots = sorted(jpegs)
-        tensors: dict[str, tuple[str, NDArray[Any]]] = {
-            "jpegs": ("uint8", np.frombuffer(b"".join(jpegs[slot] for slot in slots), np.uint8)),
-            "ends": ("int64", np.cumsum([len(jpegs[slot]) for slot in slots], dtype=_END_DTYPE)),
-            "slots": ("int32", (np.array(slots, np.int64) - hour * HOUR_SLOTS).astype(SLOT_DTYPE)),
-        }
-        return _described(*self._write_checked(source_id, hour, LABEL, generation, tensors, {}))
+        written = self._write_checked(source_id, hour, LABEL, generation, keyframe_tensors(hour, jpegs), {})
+        return _described(*written)
 
     def _read(self, source_id: str, pack: Pack, slots: Sequence[int]) -> dict[int, bytes]:
         index = self._index(source_id, pack)
@@ -89,7 +83,7 @@ class Packs(HourFiles):
             if (known := self._known.get(pack.file)) is not None:
                 self._known.move_to_end(pack.file)
                 return known
-        ends, slots = np.empty(pack.frames, _END_DTYPE), np.empty(pack.frames, SLOT_DTYPE)
+        ends, slots = np.empty(pack.frames, END_DTYPE), np.empty(pack.frames, SLOT_DTYPE)
         ranges = [(pack.offsets["ends"], ends.data.cast("B")), (pack.offsets["slots"], slots.data.cast("B"))]
         self._read_ranges(source_id, pack.hour, pack.file, ranges)
         index = _Index(slots.astype(np.int64) + pack.hour * HOUR_SLOTS, np.concatenate(([0], ends)).astype(np.int64))
@@ -98,6 +92,16 @@ class Packs(HourFiles):
             while len(self._known) > _KNOWN_PACKS:
                 self._known.popitem(last=False)
         return index
+
+
+def keyframe_tensors(hour: int, jpegs: Mapping[int, bytes]) -> Tensors:
+    """Return the keyframes of an hour, by slot, as a pack holds them."""
+    slots = sorted(jpegs)
+    return {
+        "jpegs": ("uint8", np.frombuffer(b"".join(jpegs[slot] for slot in slots), np.uint8)),
+        "ends": ("int64", np.cumsum([len(jpegs[slot]) for slot in slots], dtype=END_DTYPE)),
+        "slots": ("int32", (np.array(slots, np.int64) - hour * HOUR_SLOTS).astype(SLOT_DTYPE)),
+    }
 
 
 def _described(file: str, parsed: Parsed) -> Pack:

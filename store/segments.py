@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from store.format import HOUR_SLOTS, TIME_DTYPE, VECTOR_DTYPE, TokenFormat
-from store.hour_files import SLOT_DTYPE, HourFileDamaged, HourFiles, HourManifest, Parsed
+from store.hour_files import SLOT_DTYPE, HourFileDamaged, HourFiles, HourManifest, Parsed, Tensors
 
 Part = Literal["tokens", "vectors", "times"]
 READ_THROUGH_ROWS = 16  # rows that nobody asked for, between two that are wanted: to read them along is quicker
@@ -56,13 +56,8 @@ class Segments(HourFiles):
         return _described(file, await asyncio.to_thread(self._read_head, source_id, hour, file))
 
     def _write(self, source_id: str, format: TokenFormat, hour: int, generation: int, rows: Hour) -> Manifest:
-        tensors = {
-            "tokens": (format.dtype, rows.tokens.astype(format.numpy_dtype, copy=False)),
-            "vectors": ("float16", rows.vectors.astype(VECTOR_DTYPE)),
-            "times": ("int64", rows.times.astype(TIME_DTYPE, copy=False)),
-            "slots": ("int32", (rows.slots - hour * HOUR_SLOTS).astype(SLOT_DTYPE)),
-        }
         facts = {"format": format.model_dump_json()}
+        tensors = frame_tensors(format, hour, rows)
         written = self._write_checked(source_id, hour, format.fingerprint, generation, tensors, facts)
         return _described(*written)[1]
 
@@ -83,6 +78,16 @@ class Segments(HourFiles):
         self._read_ranges(source_id, manifest.hour, manifest.file, ranges)
         for place, taken, piece in along:
             target[place] = piece[taken]
+
+
+def frame_tensors(format: TokenFormat, hour: int, rows: Hour) -> Tensors:
+    """Return the frames of an hour as a segment holds them."""
+    return {
+        "tokens": (format.dtype, rows.tokens.astype(format.numpy_dtype, copy=False)),
+        "vectors": ("float16", rows.vectors.astype(VECTOR_DTYPE)),
+        "times": ("int64", rows.times.astype(TIME_DTYPE, copy=False)),
+        "slots": ("int32", (rows.slots - hour * HOUR_SLOTS).astype(SLOT_DTYPE)),
+    }
 
 
 def _described(file: str, parsed: Parsed) -> tuple[TokenFormat, Manifest]:

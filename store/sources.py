@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypedDict, TypeVar, Unpack
 from uuid import uuid4
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 from redis.asyncio import Redis
 
 from store.cipher import Cipher
@@ -92,10 +92,10 @@ class _Frozen(BaseModel):
 
 
 class NewStream(_Frozen):
-    """What a stream is registered with."""
+    """What a stream is registered with; one whose memory is imported has no url until it is given one."""
 
     name: str = Field(min_length=1, max_length=200)
-    url: str = Field(min_length=1, max_length=2000, description="rtsp:// or rtsps:// without credentials.")
+    url: str | None = Field(min_length=1, max_length=2000, description="rtsp:// or rtsps:// without credentials.")
     username: str | None = None
     password: SecretStr | None = None
     transport: Literal["tcp", "udp"] = "tcp"
@@ -108,6 +108,12 @@ class NewStream(_Frozen):
     )
     keyframe_bytes: int | None = Field(default=None, gt=0, description="None: no limit.")
     enabled: bool = True
+
+    @model_validator(mode="after")
+    def _can_be_opened(self) -> "NewStream":
+        if self.enabled and self.url is None:
+            raise ValueError("a stream without a url cannot be enabled")
+        return self
 
 
 class StreamChanges(TypedDict, total=False):
@@ -128,11 +134,14 @@ class StreamChanges(TypedDict, total=False):
 
 
 class Stream(_Frozen):
-    """A registered camera. `deleted`: no longer listed or recorded, its memory answers until retention takes it."""
+    """A registered camera. `deleted`: no longer listed or recorded, its memory answers until retention takes it.
+
+    One that was imported has no url until it is given one, and `created_at` is where its memory begins.
+    """
 
     id: str
     name: str
-    url: str
+    url: str | None
     username: str | None
     has_password: bool
     transport: Literal["tcp", "udp"]
@@ -222,16 +231,23 @@ class Page(Generic[Item]):
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """A source as its caretaker sees it: `purge` asks for all of it to be erased."""
+    """A source as its caretaker sees it: `purge` asks for all of it to be erased; `hidden` is not complete yet."""
 
     source: Source
     purge: bool
+    hidden: bool = False
 
 
 class _StreamRecord(_Frozen):
     stream: Stream
     secret: str | None  # the encrypted password
     purge: bool = False
+    hidden: bool = False
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it is a source to anyone but its caretaker."""
+        return not (self.purge or self.hidden)
 
 
 class _VideoRecord(_Frozen):
@@ -239,6 +255,12 @@ class _VideoRecord(_Frozen):
     new: NewVideo
     created_at: float
     purge: bool = False
+    hidden: bool = False
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it is a source to anyone but its caretaker."""
+        return not (self.purge or self.hidden)
 
     def video(self, status: VideoStatus) -> Video:
         return Video(id=self.id, created_at=self.created_at, **dict(self.new), **dict(status))
@@ -328,7 +350,10 @@ class Sources:
 
         async def choose(ids: Sequence[str]) -> list[Stream | None]:
             records = [_parse(_StreamRecord, raw) for raw in await self._raw(_STREAMS, ids)]
-            chosen = [record.stream if record and _labelled(record.stream, label) else None for record in records]
+            chosen = [
+                record.stream if record and record.is_there and _labelled(record.stream, label) else None
+                for record in records
+            ]
             if state is None:
                 return chosen
             statuses = await self.statuses([stream for stream in chosen if stream])
@@ -340,8 +365,8 @@ class Sources:
         """Change a stream and return it; its owner loses it, so that it is claimed anew with the new settings.
 
         StreamNotFound; StreamExists if another one has the new name or url; StateConflict for another fps while frames
-        are kept, since their slots were counted with the old one; KeyframesOutlive and other ValueErrors for values
-        that cannot be.
+        are kept, since their slots were counted with the old one, and for one without a url that is to be recorded;
+        KeyframesOutlive and other ValueErrors for values that cannot be.
         """
         while True:
             old = await self._stream_record(stream_id)
@@ -392,7 +417,7 @@ class Sources:
     async def status(self, stream_id: str) -> StreamStatus:
         """Return how a stream is doing; StreamNotFound. A deleted stream is `disabled`."""
         record = _parse(_StreamRecord, (await self._raw(_STREAMS, [stream_id]))[0])
-        if record is None or record.purge:
+        if record is None or not record.is_there:
             raise StreamNotFound(stream_id)
         return (await self.statuses([record.stream]))[stream_id]
 
@@ -470,7 +495,7 @@ class Sources:
         """Delete a video and ask for its memory to be erased; VideoNotFound."""
         while True:
             old = _parse(_VideoRecord, (await self._raw(_VIDEOS, [video_id]))[0])
-            if old is None or old.purge:
+            if old is None or not old.is_there:
                 raise VideoNotFound(video_id)
             if await self._replace_video(old, old.model_copy(update={"purge": True})):
                 break
@@ -487,7 +512,7 @@ class Sources:
         if source_id.startswith("vid_"):
             return (await self._videos([source_id], missing=SourceNotFound))[0]
         record = _parse(_StreamRecord, (await self._raw(_STREAMS, [source_id]))[0])
-        if record is None or record.purge:
+        if record is None or not record.is_there:
             raise SourceNotFound(source_id)
         return record.stream
 
@@ -530,7 +555,10 @@ class Sources:
         raw: dict[Any, Any] = await self._redis.hgetall(_VIDEOS)
         records = [_VideoRecord.model_validate_json(one) for one in raw.values()]
         statuses = await self._video_statuses([record.id for record in records])
-        videos = [Kept(record.video(status), record.purge) for record, status in zip(records, statuses, strict=True)]
+        videos = [
+            Kept(record.video(status), record.purge, record.hidden)
+            for record, status in zip(records, statuses, strict=True)
+        ]
         return [*await self._kept_streams(), *videos]
 
     async def forget(self, source_id: str) -> None:
@@ -561,12 +589,65 @@ class Sources:
         """Record that what was kept of slots [start, before) is gone; other records of gaps before a slot go too."""
         await self._gaps.expire(source_id, start, before)
 
+    # what is put together before anyone sees it
+
+    async def add_hidden_stream(self, stream_id: str, new: NewStream, status: StreamStatus, begins_at: float) -> None:
+        """Register a stream that nobody sees before `reveal`; StreamExists if another one has its name by now."""
+        holder: Any = await self._redis.hget(_NAMES, new.name)
+        if holder is not None:
+            raise StreamExists(holder.decode(), "name")
+        fields = new.model_dump(exclude={"password"})
+        stream = Stream(id=stream_id, has_password=False, created_at=begins_at, **fields)
+        await self._redis.set(_status_key(stream_id), status.model_dump_json())
+        await self._replace_stream(None, _StreamRecord(stream=stream, secret=None, hidden=True))
+
+    async def add_hidden_video(self, video_id: str, new: NewVideo, status: VideoStatus) -> None:
+        """Register a video that nobody sees before `reveal`."""
+        await self._redis.set(_status_key(video_id), status.model_dump_json())
+        record = _VideoRecord(id=video_id, new=new, created_at=time.time(), hidden=True)
+        await self._replace_video(None, record)
+
+    async def reveal(self, source_id: str) -> Source:
+        """Let everyone see a hidden source. SourceNotFound if it is not hidden (any more); StreamExists."""
+        await self._end_hiding(source_id, purge=False)
+        source = await self.source(source_id)
+        if isinstance(source, Stream):
+            await self._tell_stream(source_id, await self.status(source_id))
+        else:
+            [status] = await self._video_statuses([source_id])
+            await self._tell_video(source_id, status)
+        return source
+
+    async def purge_hidden(self, source_id: str) -> None:
+        """Ask for all of a hidden source to be erased. SourceNotFound if it is not hidden (any more)."""
+        await self._end_hiding(source_id, purge=True)
+
+    async def _end_hiding(self, source_id: str, *, purge: bool) -> None:
+        done, ended = False, {"hidden": False, "purge": purge}
+        if source_id.startswith("vid_"):
+            video = _parse(_VideoRecord, (await self._raw(_VIDEOS, [source_id]))[0])
+            if video is not None and video.hidden:
+                done = await self._replace_video(video, video.model_copy(update=ended))
+        else:
+            stream = _parse(_StreamRecord, (await self._raw(_STREAMS, [source_id]))[0])
+            if stream is not None and stream.hidden:
+                shown = stream.stream.model_copy(update={"deleted": purge})
+                done = await self._replace_stream(stream, stream.model_copy(update={**ended, "stream": shown}))
+        if not done:
+            raise SourceNotFound(source_id)
+        if purge:
+            await self._redis.zrem(f"{_VIDEOS}:order", source_id)
+            await self._redis.zrem(f"{_STREAMS}:order", source_id)
+
     # how it is kept
 
     def _changed(self, old: _StreamRecord, changes: StreamChanges) -> _StreamRecord:
         known = old.stream
-        fields = {name: getattr(known, name) for name in NewStream.model_fields if name != "password"}
-        new = NewStream.model_validate({**fields, **changes})
+        fields: dict[str, Any] = {name: getattr(known, name) for name in NewStream.model_fields if name != "password"}
+        fields.update(changes)
+        if fields["enabled"] and fields["url"] is None:
+            raise StateConflict(f"{known.id} has no camera to be read: give it a url")
+        new = NewStream.model_validate(fields)
         _check_retention(new)
         secret = old.secret
         if "password" in changes:
@@ -581,15 +662,13 @@ class Sources:
 
     async def _stream_record(self, stream_id: str) -> _StreamRecord:
         record = _parse(_StreamRecord, (await self._raw(_STREAMS, [stream_id]))[0])
-        if record is None or record.stream.deleted:
+        if record is None or record.stream.deleted or not record.is_there:
             raise StreamNotFound(stream_id)
         return record
 
     async def _replace_stream(self, old: _StreamRecord | None, new: _StreamRecord) -> bool:
         """Write the record with its indexes; False if it is no longer the old one. StreamExists."""
-        known = ["", ""] if old is None else [old.stream.name, old.stream.url]
-        wanted = ["", ""] if new.stream.deleted else [new.stream.name, new.stream.url]
-        indexes = [value for pair in zip(known, wanted, strict=True) for value in pair]
+        indexes = [value for pair in zip(_indexed(old), _indexed(new), strict=True) for value in pair]
         outcome, *holder = await self._write(_STREAMS, new.stream.id, old, new, indexes)
         if outcome == b"name" or outcome == b"url":
             raise StreamExists(holder[0].decode(), "name" if outcome == b"name" else "url")
@@ -611,15 +690,15 @@ class Sources:
     async def _kept_streams(self) -> list[Kept]:
         raw: dict[Any, Any] = await self._redis.hgetall(_STREAMS)
         records = [_StreamRecord.model_validate_json(one) for one in raw.values()]
-        return [Kept(record.stream, record.purge) for record in records]
+        return [Kept(record.stream, record.purge, record.hidden) for record in records]
 
     async def _videos(self, ids: Sequence[str], missing: type[SourceNotFound] | None = None) -> list[Video]:
         """Return those of the videos that are not deleted; with `missing`, raise it for one that is."""
         records = [_parse(_VideoRecord, raw) for raw in await self._raw(_VIDEOS, ids)]
         for video_id, record in zip(ids, records, strict=True):
-            if missing is not None and (record is None or record.purge):
+            if missing is not None and (record is None or not record.is_there):
                 raise missing(video_id)
-        found = [record for record in records if record is not None and not record.purge]
+        found = [record for record in records if record is not None and record.is_there]
         statuses = await self._video_statuses([record.id for record in found])
         return [record.video(status) for record, status in zip(found, statuses, strict=True)]
 
@@ -716,6 +795,13 @@ def _parse(kind: type[_Record], raw: bytes | None) -> _Record | None:
 
 def _status_key(source_id: str) -> str:
     return f"st:{{{source_id}}}"
+
+
+def _indexed(record: _StreamRecord | None) -> list[str]:
+    """The name and the url that no other stream may have; empty where it claims none."""
+    if record is None or record.stream.deleted or record.hidden:
+        return ["", ""]
+    return [record.stream.name, record.stream.url or ""]
 
 
 def _state(status: StreamStatus) -> tuple[str, str | None]:
