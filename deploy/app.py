@@ -38,11 +38,14 @@ from qa_service.control import SourceControl
 from qa_service.coverage import RangeReader
 from qa_service.erasure import Erasure
 from qa_service.errors import BadUrl, UnsupportedMedia
+from qa_service.exports import Exports
 from qa_service.feed import Feed
 from qa_service.finder import Finder
 from qa_service.health import Readiness
+from qa_service.imports import Importer
 from qa_service.keys import RateLimit
 from qa_service.metrics import Metrics
+from qa_service.once import Once
 from qa_service.schemas import AnswerEvent, ModelBody, Question
 from qa_service.viewer import Viewer
 from store.cipher import Cipher
@@ -51,6 +54,7 @@ from store.counters import Counters
 from store.erasures import Erasures
 from store.events import Events
 from store.idempotency import Idempotency
+from store.imports import Imports
 from store.janitor import Janitor
 from store.keyframes import Keyframes
 from store.leases import Leases
@@ -247,7 +251,8 @@ class Gateway:
     ) -> None:
         redis, remote, questions = _redis(settings), RemoteCompressor(compressor), RemoteQuestions(qa)
         sources, keyframes = _sources(settings, redis), Keyframes(redis, settings.store.segments_root)
-        timeline = Timeline(redis, (await remote.facts()).format, _segments(settings))
+        facts = await remote.facts()
+        timeline = Timeline(redis, facts.format, _segments(settings))
         reader = RangeReader(timeline, keyframes, sources, live_lag_s=settings.qa.live_lag_s)
         counters = Counters(redis)
         uploads = settings.store.uploads_dir
@@ -269,6 +274,17 @@ class Gateway:
             ),
             viewer=Viewer(reader, timeline, keyframes),
             erasure=Erasure(reader, sources, Leases(redis), memory),
+            exports=Exports(reader, timeline, keyframes),
+            importer=Importer(
+                Imports(redis, sources),
+                Once(Idempotency(redis)),
+                timeline,
+                keyframes,
+                side_px=facts.input_size_px,
+                folder=uploads,
+                max_bytes=settings.api.max_import_bytes,
+                max_hour_bytes=settings.api.max_hour_bytes,
+            ),
             finder=Finder(reader, remote, RemoteMoments(search)),
             questions=questions,
             describe=questions.describe,

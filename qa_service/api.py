@@ -1,13 +1,13 @@
 """The REST surface: every route, one call each."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from fastapi import Depends, FastAPI, Header, Query, Request, Response
+from fastapi import Depends, FastAPI, Header, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import ValidationError
@@ -17,22 +17,31 @@ from qa_service.control import SourceControl
 from qa_service.door import Door, respond
 from qa_service.erasure import Erasure
 from qa_service.errors import TABLE, Reply, ServiceError, ValidationFailed, tell, tell_as
+from qa_service.exports import Exports
 from qa_service.feed import Feed
 from qa_service.finder import Finder
 from qa_service.health import Readiness
+from qa_service.imports import Importer
 from qa_service.keys import Caller, Keyring, RateLimit
 from qa_service.metrics import Metrics
 from qa_service.schemas import (
+    MAX_SLOT,
     Answer,
     AnswerEvent,
     ErasureReceipt,
     ErrorBody,
     EventBody,
     Health,
+    ImportAbandoned,
+    ImportBody,
+    ImportCompletion,
+    ImportDone,
+    ImportedHour,
     ModelList,
     MomentList,
     Question,
     SearchRequest,
+    Slot,
     StreamBody,
     StreamDeleted,
     StreamHealth,
@@ -44,6 +53,7 @@ from qa_service.schemas import (
     StreamRequest,
     StreamState,
     TimelineBody,
+    TimelineExport,
     VideoBody,
     VideoDeleted,
     VideoForm,
@@ -59,6 +69,8 @@ from qa_service.viewer import Viewer
 from store.counters import Counters
 from store.events import EventType
 
+SAFETENSORS = "application/vnd.safetensors"
+PIECE_BYTES = 1 << 20
 CLIENT_GONE = 499  # nobody reads it; it stands in access logs
 EVENT_TYPES: tuple[EventType, ...] = get_args(EventType)
 
@@ -72,6 +84,8 @@ class Services:
     control: SourceControl
     viewer: Viewer
     erasure: Erasure
+    exports: Exports
+    importer: Importer
     finder: Finder
     questions: Questions
     describe: Describe
@@ -98,6 +112,7 @@ def build_api(services: Services, settings: ApiSettings, *, behind_ray: bool = F
     _add_streams(api, services, settings)
     _add_videos(api, services)
     _add_sources(api, services)
+    _add_transfer(api, services)
     _add_events(api, services)
     _add_questions(api, services, settings)
     _add_service(api, services)
@@ -332,6 +347,94 @@ def _add_sources(api: FastAPI, services: Services) -> None:
         caller.require_source(source_id)
         picture = await viewer.picture(source_id, time)
         return Response(picture.jpeg, media_type="image/jpeg", headers={"X-Frame-Time": str(picture.time)})
+
+
+_HOUR: dict[str, Any] = {"content": {SAFETENSORS: {"schema": {"type": "string", "format": "binary"}}}}
+
+
+def _add_transfer(api: FastAPI, services: Services) -> None:
+    exports, importer = services.exports, services.importer
+
+    @api.get(
+        "/v1/sources/{source_id}/export",
+        tags=["export"],
+        summary="Tell what of a source can be exported",
+        responses=_errors(401, 403, 404, 409, 422, 429, 503),
+    )
+    async def export(
+        source_id: str,
+        caller: Reader,
+        start: Annotated[str | None, Query(max_length=64, description="Left out: from the first frame.")] = None,
+        end: Annotated[str | None, Query(max_length=64, description="Left out: to the last frame.")] = None,
+    ) -> TimelineExport:
+        return await exports.describe(caller, source_id, start, end)
+
+    @api.get(
+        "/v1/sources/{source_id}/export/{part}/{hour}",
+        tags=["export"],
+        summary="Export the frames or the keyframes of an hour, as safetensors",
+        response_class=Response,
+        responses={200: _HOUR, **_errors(401, 403, 404, 422, 429, 503)},
+    )
+    async def export_hour(
+        source_id: str,
+        part: Literal["frames", "keyframes"],
+        hour: Annotated[Slot, Path(description="Slots from hour * 3,600 on.")],
+        caller: Reader,
+        start_slot: Slot = 0,
+        end_slot: Slot = MAX_SLOT,
+    ) -> Response:
+        read = exports.frames if part == "frames" else exports.keyframes
+        content = await read(caller, source_id, hour, start_slot, end_slot)
+        return StreamingResponse(
+            _pieces(content), media_type=SAFETENSORS, headers={"Content-Length": str(len(content))}
+        )
+
+    @api.post(
+        "/v1/imports",
+        status_code=201,
+        tags=["import"],
+        summary="Begin to import what an export told",
+        responses=_errors(400, 401, 403, 409, 413, 422, 429, 503),
+    )
+    async def begin_import(described: TimelineExport, caller: Writer, key: IdempotencyKey = None) -> ImportBody:
+        return await importer.begin(caller, described, key=key)
+
+    @api.put(
+        "/v1/imports/{source_id}/{part}/{hour}",
+        tags=["import"],
+        summary="Import the frames of an hour, and then its keyframes, as they were exported",
+        openapi_extra={"requestBody": {"required": True, **_HOUR}},
+        responses=_errors(401, 403, 404, 413, 422, 429, 503),
+    )
+    async def import_hour(
+        source_id: str, part: Literal["frames", "keyframes"], hour: Slot, request: Request, caller: Writer
+    ) -> ImportedHour:
+        take = importer.frames if part == "frames" else importer.keyframes
+        return await take(caller, source_id, hour, request.stream())
+
+    @api.post(
+        "/v1/imports/{source_id}/complete",
+        tags=["import"],
+        summary="Let everyone see what was imported",
+        responses=_errors(400, 401, 403, 404, 409, 422, 429, 503),
+    )
+    async def complete_import(source_id: str, sent: ImportCompletion, caller: Writer) -> ImportDone:
+        return await importer.complete(caller, source_id, sent)
+
+    @api.delete(
+        "/v1/imports/{source_id}",
+        tags=["import"],
+        summary="Give an import up; what came of it is erased",
+        responses=_errors(401, 403, 404, 429, 503),
+    )
+    async def abandon_import(source_id: str, caller: Writer) -> ImportAbandoned:
+        return await importer.abandon(caller, source_id)
+
+
+def _pieces(content: bytes) -> Iterator[bytes]:
+    """Cut what is sent, for proxies that hand on whole messages."""
+    return (content[at : at + PIECE_BYTES] for at in range(0, len(content), PIECE_BYTES))
 
 
 def _add_events(api: FastAPI, services: Services) -> None:

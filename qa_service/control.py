@@ -1,18 +1,18 @@
 """Registering, changing and deleting streams and videos."""
 
 import asyncio
-import hashlib
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from qa_service.clock import write_stream_time
-from qa_service.errors import StreamTaken, ValidationFailed
+from qa_service.errors import StreamTaken
 from qa_service.keys import Caller
+from qa_service.once import Once
 from qa_service.schemas import (
     KeyframeRetention,
     Retention,
@@ -52,11 +52,8 @@ from store.sources import (
     VideoNotFound,
 )
 
-MAX_KEY_CHARS = 255
 WAIT_STEP_S = 0.1
 _REFUSED = frozenset({"auth_failed", "disabled"})
-
-Made = TypeVar("Made", bound=BaseModel)
 
 
 class SourceControl:
@@ -80,7 +77,7 @@ class SourceControl:
     ) -> None:
         self._sources = sources
         self._memory = memory
-        self._idempotency = idempotency
+        self._once = Once(idempotency)
         self._uploads = uploads
         self._max_upload_bytes = max_upload_bytes
         self._check_camera_url = check_camera_url
@@ -256,32 +253,6 @@ class SourceControl:
         The janitor does the same again for what a crash leaves here.
         """
         return (await self._memory.erase(source_id)).frames.total
-
-    async def _once(
-        self,
-        caller: Caller,
-        route: str,
-        key: str | None,
-        request: str,
-        response: type[Made],
-        create: Callable[[], Awaitable[Made]],
-    ) -> Made:
-        """Create something, or return what the first request with the same Idempotency-Key created."""
-        if key is None:
-            return await create()
-        if not 0 < len(key) <= MAX_KEY_CHARS:
-            raise ValidationFailed(f"An Idempotency-Key has 1 to {MAX_KEY_CHARS} characters.", param="Idempotency-Key")
-        scope, digest = f"{caller.name}:{route}", hashlib.sha256(request.encode()).hexdigest()
-        known = await self._idempotency.remember(scope, key, digest)
-        if known is not None:
-            return response.model_validate_json(known)
-        try:
-            made = await create()
-        except BaseException:
-            await self._idempotency.forget(scope, key)
-            raise
-        await self._idempotency.complete(scope, key, digest, made.model_dump_json())
-        return made
 
     async def _settled(self, body: StreamBody, wait_s: float) -> StreamBody:
         """Return the stream once a frame is in memory, it was refused or stopped, at the latest after `wait_s`."""

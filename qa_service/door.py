@@ -61,7 +61,8 @@ class Door:
                 scope["state"]["caller"] = caller
                 if self._rate is not None:
                     await self._rate.count(caller)
-            await self._app(scope, self._limited(headers, receive), send_with_id)
+            limited = receive if _is_counted_elsewhere(scope, headers) else self._limited(receive)
+            await self._app(scope, limited, send_with_id)
         except ClientDisconnect:
             logger.info("%s: the client went away in the middle of its request", request_id)
         except Exception as error:  # the last net: nobody is told a traceback, nothing goes unlogged
@@ -77,10 +78,8 @@ class Door:
             return given
         return f"req_{uuid.uuid4().hex[:16]}"
 
-    def _limited(self, headers: Headers, receive: Receive) -> Receive:
-        """Count what is read of a body; uploads are counted where they are written."""
-        if headers.get("content-type", "").startswith("multipart/form-data"):
-            return receive
+    def _limited(self, receive: Receive) -> Receive:
+        """Count what is read of a body."""
         read = 0
 
         async def counted() -> Message:
@@ -94,3 +93,10 @@ class Door:
             return message
 
         return counted
+
+
+def _is_counted_elsewhere(scope: Scope, headers: Headers) -> bool:
+    """Whether a body is counted where it is written: uploads, and hours that are imported."""
+    if scope["method"] == "PUT":
+        return scope["path"].startswith("/v1/imports/")
+    return headers.get("content-type", "").startswith("multipart/form-data")

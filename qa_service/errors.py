@@ -15,6 +15,7 @@ from store.connection import StoreUnavailable
 from store.events import BadEventId
 from store.hot import FrameNotKept
 from store.idempotency import IdempotencyConflict
+from store.imports import ImportNotFound
 from store.sources import BadCursor, SourceNotFound, StreamNotFound, VideoNotFound
 from store.sources import StateConflict as SourceStateConflict
 
@@ -103,12 +104,20 @@ class SourceForbidden(ServiceError, PermissionError):
     """The API key may not see this source."""
 
 
+class DamagedExport(ServiceError, ValueError):
+    """An hour to be imported is not what an export wrote."""
+
+
 class StreamTaken(ServiceError, ValueError):
     """Another stream has the same name or address."""
 
 
 class StateConflict(ServiceError, RuntimeError):
     """The request does not fit the state that things are in."""
+
+
+class ModelMismatch(ServiceError, RuntimeError):
+    """Tokens of another model than the one that runs here."""
 
 
 class SearchUnavailable(ServiceError, RuntimeError):
@@ -188,16 +197,19 @@ TABLE: Mapping[type[Exception], Reply] = {
     SourceNotFound: Reply(
         404, "source_not_found", "There is no such source; GET /v1/streams and /v1/videos list them."
     ),
+    ImportNotFound: Reply(404, "import_not_found", "There is no such import, or it has ended: begin a new one."),
     FrameMissing: Reply(404, "frame_not_kept"),
     FrameNotKept: Reply(404, "frame_not_kept", "The frame of this time is not kept."),
     KeyframesNotKept: Reply(422, "keyframes_not_kept"),
     BadCursor: Reply(422, "validation_failed"),
     BadEventId: Reply(422, "validation_failed"),
+    DamagedExport: Reply(422, "damaged_export"),
     StreamTaken: Reply(409, "stream_exists"),
     SourceStateConflict: Reply(409, "state_conflict"),
     IdempotencyConflict: Reply(409, "state_conflict"),
     StateConflict: Reply(409, "state_conflict"),
     SearchUnavailable: Reply(409, "state_conflict"),
+    ModelMismatch: Reply(409, "model_mismatch"),
     RangeTooLong: Reply(413, "range_too_long"),
     FileTooLarge: Reply(413, "file_too_large"),
     UnsupportedMedia: Reply(415, "unsupported_media"),

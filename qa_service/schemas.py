@@ -21,11 +21,14 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from qa_service import clock
-from store.gaps import GapReason
+from store.format import TokenFormat
+from store.gaps import Gap, GapReason
 
 BAD_TIME_RANGE = "bad_time_range"  # the type of validation errors that have a code of their own
 PATH_TAGS = frozenset({"a stream's range", "a video's range", "an id", "constrained-int", "literal['auto']", "[key]"})
 """What pydantic puts in the paths of validation errors besides fields."""
+
+MAX_SLOT = 10**13  # of the last second of the year 9999, at 30 frames a second
 
 Time = str | float
 """How a time is written: RFC 3339 for a stream, seconds for a video."""
@@ -52,6 +55,11 @@ def _video_seconds(value: object) -> float:
 StreamTime = Annotated[
     float,
     BeforeValidator(_stream_seconds, json_schema_input_type=str),
+    Field(json_schema_extra={"format": "date-time"}),
+]
+WrittenTime = Annotated[
+    str,
+    AfterValidator(lambda text: clock.write_stream_time(_stream_seconds(text))),
     Field(json_schema_extra={"format": "date-time"}),
 ]
 VideoTime = Annotated[float, BeforeValidator(_video_seconds, json_schema_input_type=float)]
@@ -242,7 +250,9 @@ class StreamBody(Body):
     id: str
     object: Literal["stream"] = "stream"
     name: str
-    url: str
+    url: str | None = Field(
+        description="Null: its memory was imported, and it has no camera here until it is given one."
+    )
     username: str | None
     has_password: bool
     transport: Literal["tcp", "udp"]
@@ -411,6 +421,79 @@ class TimelineBody(Body):
     resolution_s: float
     buckets: list[TimelineBucket]
     gaps: list[GapBody]
+
+
+# Export and import
+
+Slot = Annotated[int, Field(ge=0, le=MAX_SLOT)]
+
+
+class TimelineExport(Body):
+    """What the slots [start_slot, end_slot) of a source are, but for the frames themselves. It names no camera.
+
+    Slot n begins n / `fps` seconds after the start of a video, or after the beginning of 1970 (UTC) for a stream.
+    """
+
+    object: Literal["timeline.export"] = "timeline.export"
+    version: Literal[1] = 1
+    kind: Literal["stream", "video"]
+    name: Name
+    fps: Fps
+    labels: Labels
+    recorded_at: WrittenTime | None = Field(description="When the recording of a video began.")
+    duration_s: VideoTime | None = Field(description="Length of a video.")
+    start_slot: Slot
+    end_slot: Slot
+    format: TokenFormat = Field(description="The model that made the tokens, and how they are laid out.")
+    hours: list[Slot] = Field(description="The hours that have frames; hour n holds 3,600 slots from n * 3,600 on.")
+    gaps: list[Gap] = Field(description="Which slots are absent, and why.")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.end_slot <= self.start_slot:
+            raise PydanticCustomError("export_range", "`end_slot` lies behind `start_slot`.")
+        if any(gap.start_slot < self.start_slot or gap.end_slot > self.end_slot for gap in self.gaps):
+            raise PydanticCustomError("export_range", "Gaps lie within `start_slot` and `end_slot`.")
+        if (self.duration_s is None) == (self.kind == "video"):
+            raise PydanticCustomError("export_duration", "A video has a `duration_s`, a stream has none.")
+        if self.duration_s is not None and int(self.duration_s * self.fps) > self.end_slot:
+            raise PydanticCustomError("export_duration", "`duration_s` ends before the slot `end_slot` does.")
+        return self
+
+
+class ImportBody(Body):
+    """An import that has begun: its source is seen by nobody before it is completed."""
+
+    id: str = Field(description="That of the source that it becomes.")
+    object: Literal["import"] = "import"
+    expires_in_s: int = Field(description="It is given up, and what came is erased, when nothing comes for so long.")
+
+
+class ImportedHour(Body):
+    """What came of an hour."""
+
+    object: Literal["import.hour"] = "import.hour"
+    frames: int = Field(description="Frames, or keyframes.")
+
+
+class ImportCompletion(Body):
+    """What is known to have been sent."""
+
+    frames: PositiveInt = Field(description="Frames of all hours; it is refused if not as many are kept.")
+
+
+class ImportDone(Body):
+    """A source that is there, whole."""
+
+    id: str
+    object: Literal["import"] = "import"
+    kind: Literal["stream", "video"]
+    frames: int
+
+
+class ImportAbandoned(Body):
+    id: str
+    deleted: Literal[True] = True
 
 
 # Questions and search

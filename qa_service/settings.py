@@ -92,6 +92,10 @@ class ApiSettings(BaseModel):
         default=None, description="Requests a minute that a key may make. Empty: no limit."
     )
     max_upload_bytes: PositiveInt = Field(default=2 << 30, description="Largest video file, in bytes.")
+    max_import_bytes: PositiveInt = Field(default=1 << 40, description="Largest import, in bytes.")
+    max_hour_bytes: PositiveInt = Field(
+        default=1 << 29, description="Most bytes of an hour's frames, or of its keyframes, in an import."
+    )
     max_body_bytes: PositiveInt = Field(default=16 << 20, description="Largest JSON body, in bytes.")
     max_wait_s: PositiveFloat = Field(default=60, description="Longest `?wait=` for the first frame of a stream.")
     sse_ping_s: PositiveFloat = Field(default=15, description="Pause after which an event stream sends a comment.")

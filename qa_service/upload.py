@@ -4,7 +4,8 @@ import asyncio
 import errno
 import hashlib
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -42,7 +43,7 @@ async def receive_form(content_type: str, chunks: AsyncIterator[bytes], target: 
     form = _Form(boundary)
     total = 0
     try:
-        with await asyncio.to_thread(target.open, "wb") as file:
+        with _full_disk_named(), await asyncio.to_thread(target.open, "wb") as file:
             async for chunk in chunks:
                 total += len(chunk)
                 if total > max_bytes + MAX_FIELD_BYTES * MAX_FIELDS:
@@ -55,15 +56,37 @@ async def receive_form(content_type: str, chunks: AsyncIterator[bytes], target: 
             await asyncio.to_thread(_write, file, form)
     except FormParserError:
         raise InvalidJson("The multipart form is malformed.") from None
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StorageFull("There is no room for the upload now; tell the operator.", retry_after_s=60) from error
-        raise
     if not form.complete:
         raise InvalidJson("The multipart form ends early.")
     if not form.has_file:
         raise ValidationFailed("The form has no part named `file` with a file name.", param="file")
     return Upload(form.filename, form.digest.hexdigest(), form.size_bytes, form.fields)
+
+
+async def receive_body(chunks: AsyncIterator[bytes], target: Path, max_bytes: int) -> int:
+    """Write a body to `target` as it comes and return its size.
+
+    Raises FileTooLarge as soon as more than `max_bytes` have come, StorageFull for a full disk. The caller removes
+    `target`, whatever is raised.
+    """
+    total = 0
+    with _full_disk_named(), await asyncio.to_thread(target.open, "wb") as file:
+        async for chunk in chunks:
+            total += len(chunk)
+            if total > max_bytes:
+                raise FileTooLarge(f"The body has more than {max_bytes} bytes.", details={"max_bytes": max_bytes})
+            await asyncio.to_thread(file.write, chunk)
+    return total
+
+
+@contextmanager
+def _full_disk_named() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageFull("There is no room for the upload now; tell the operator.", retry_after_s=60) from error
+        raise
 
 
 def _too_large(max_bytes: int) -> FileTooLarge:
@@ -159,5 +182,5 @@ class _Form:
 def clean_filename(options: Mapping[bytes, bytes]) -> str | None:
     """Return the last part of the sender's file name: a label to show, never a path to open."""
     name = options.get(b"filename", b"").decode("utf-8", "replace")
-    name = re.sub(r"[\x00-\x1f\x7f]", "", re.split(r"[/\\]", name)[-1]).strip()
+    name = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", "", re.split(r"[/\\]", name)[-1]).strip()
     return name[:200] or None

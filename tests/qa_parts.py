@@ -37,11 +37,14 @@ from qa_service.control import SourceControl
 from qa_service.coverage import RangeReader
 from qa_service.erasure import Erasure
 from qa_service.errors import UnsupportedMedia
+from qa_service.exports import Exports
 from qa_service.feed import Feed
 from qa_service.finder import Finder
 from qa_service.health import Readiness
+from qa_service.imports import Importer
 from qa_service.keys import RateLimit
 from qa_service.metrics import Metrics
+from qa_service.once import Once
 from qa_service.schemas import ModelBody, StreamProbe, StreamProbeRequest
 from qa_service.settings import ApiSettings, QASettings
 from qa_service.viewer import Viewer
@@ -51,6 +54,7 @@ from store.counters import Counters
 from store.events import Events
 from store.gaps import Gaps
 from store.idempotency import Idempotency
+from store.imports import Imports
 from store.keyframes import Keyframes
 from store.leases import Leases
 from store.memory import Memory
@@ -237,6 +241,17 @@ async def open_parts(
         control=control,
         viewer=Viewer(reader, timeline, keyframes),
         erasure=Erasure(reader, sources, Leases(redis), memory),
+        exports=Exports(reader, timeline, keyframes),
+        importer=Importer(
+            Imports(redis, sources),
+            Once(Idempotency(redis)),
+            timeline,
+            keyframes,
+            side_px=encoder.input_size_px,
+            folder=folder,
+            max_bytes=api.max_import_bytes,
+            max_hour_bytes=api.max_hour_bytes,
+        ),
         finder=Finder(reader, compressor, moments),
         questions=answerer,
         describe=describe,

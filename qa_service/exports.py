@@ -1,0 +1,134 @@
+"""Export: what is remembered of a source, hour by hour, to be kept in a file or taken to another service."""
+
+import asyncio
+
+from qa_service import clock
+from qa_service.coverage import RangeReader, Reading, asked_seconds
+from qa_service.errors import EmptyRange, StateConflict, inverted
+from qa_service.keys import Caller
+from qa_service.schemas import TimelineExport
+from store.connection import StoreUnavailable
+from store.format import HOUR_SLOTS
+from store.hot import FrameNotKept
+from store.keyframes import Keyframes
+from store.portable import write_frames, write_keyframes
+from store.segments import Hour
+from store.sources import Source, Stream, Video
+from store.timeline import Timeline
+
+TRIES = 20  # of an hour from which something is erased again and again while it is read
+HOURS_AT_ONCE = 2  # that are in memory; an hour of keyframes has some 150 MB
+
+
+class Exports:
+    """Gives out timelines. Raises StreamNotFound, VideoNotFound, SourceForbidden and StoreUnavailable.
+
+    Hours go out one by one: behind Ray's proxy a response lies in memory until its reader has all of it.
+    """
+
+    def __init__(self, reader: RangeReader, timeline: Timeline, keyframes: Keyframes) -> None:
+        self._reader = reader
+        self._timeline = timeline
+        self._keyframes = keyframes
+        self._room = asyncio.Semaphore(HOURS_AT_ONCE)
+
+    async def describe(self, caller: Caller, source_id: str, start: str | None, end: str | None) -> TimelineExport:
+        """Tell what [start, end) of a source holds; times left out: from the first frame, to the last.
+
+        Raises BadTimeRange, EmptyRange, and StateConflict for a video that is still read.
+        """
+        caller.require_source(source_id)
+        source = await self._reader.source(source_id)
+        if isinstance(source, Video) and source.status in ("queued", "processing"):
+            raise StateConflict(f"{source_id} is still read: export it when it is ready")
+        start_s = None if start is None else asked_seconds(source, start, "start")
+        end_s = None if end is None else asked_seconds(source, end, "end")
+        if start_s is not None and end_s is not None and end_s <= start_s:
+            raise inverted("end")
+        extent = await self._reader.extent(source)
+        if extent is None:
+            raise _empty(source_id)
+        first, behind = _whole(source, extent)
+        low = first if start_s is None else clock.first_slot(start_s, source.fps)
+        high = behind if end_s is None else clock.first_slot(end_s, source.fps)
+        reading = await self._reader.read(source, low, high)
+        if not len(reading.present):
+            raise _empty(source_id)
+        return _described(reading, self._timeline)
+
+    async def frames(self, caller: Caller, source_id: str, hour: int, start_slot: int, end_slot: int) -> bytes:
+        """Return the frames of an hour that lie in [start_slot, end_slot), of one moment. Raises EmptyRange."""
+        start, end = await self._bounds(caller, source_id, hour, start_slot, end_slot)
+        async with self._room:
+            rows = await self._rows(source_id, start, end)
+            return await asyncio.to_thread(write_frames, self._timeline.format, hour, rows)
+
+    async def keyframes(self, caller: Caller, source_id: str, hour: int, start_slot: int, end_slot: int) -> bytes:
+        """Return the keyframes of those frames; EmptyRange if none of them is kept."""
+        start, end = await self._bounds(caller, source_id, hour, start_slot, end_slot)
+        slots = (await self._timeline.slots(source_id, start, end)).tolist()
+        async with self._room:
+            jpegs = await self._keyframes.find(source_id, slots)
+            if not jpegs:
+                raise _empty(source_id)
+            return await asyncio.to_thread(write_keyframes, hour, jpegs)
+
+    async def _bounds(
+        self, caller: Caller, source_id: str, hour: int, start_slot: int, end_slot: int
+    ) -> tuple[int, int]:
+        caller.require_source(source_id)
+        await self._reader.source(source_id)
+        return max(start_slot, hour * HOUR_SLOTS), min(end_slot, (hour + 1) * HOUR_SLOTS)
+
+    async def _rows(self, source_id: str, start: int, end: int) -> Hour:
+        for _ in range(TRIES):
+            slots = await self._timeline.slots(source_id, start, end)
+            if not len(slots):
+                raise _empty(source_id)
+            try:
+                return Hour(
+                    slots=slots,
+                    tokens=await self._timeline.read(source_id, slots),
+                    vectors=await self._timeline.vectors(source_id, slots),
+                    times=await self._timeline.times(source_id, slots),
+                )
+            except FrameNotKept:  # erased between two reads
+                continue
+        raise StoreUnavailable(f"the memory of {source_id} changes all the time; export it again")
+
+
+def _empty(source_id: str) -> EmptyRange:
+    return EmptyRange(f"Nothing of this time of {source_id} is remembered by the model that runs here.")
+
+
+def _whole(source: Source, extent: tuple[int, int]) -> tuple[int, int]:
+    """Return the slots [start, end) of all that there is."""
+    first, last = extent
+    if isinstance(source, Stream):
+        return first, last + 1
+    return 0, max(last + 1, int((source.duration_s or 0) * source.fps))
+
+
+def _described(reading: Reading, timeline: Timeline) -> TimelineExport:
+    source = reading.source
+    stream, video = (source, None) if isinstance(source, Stream) else (None, source)
+    hours = sorted(set((reading.present // HOUR_SLOTS).tolist()))
+    return TimelineExport(
+        kind="video" if stream is None else "stream",
+        name=source.name,
+        fps=source.fps,
+        labels={} if stream is None else stream.labels,
+        recorded_at=None if video is None or video.recorded_at is None else clock.write_stream_time(video.recorded_at),
+        duration_s=None if video is None else _duration(video, reading.end),
+        start_slot=reading.start,
+        end_slot=reading.end,
+        format=timeline.format,
+        hours=hours,
+        gaps=list(reading.gaps),
+    )
+
+
+def _duration(video: Video, end_slot: int) -> float:
+    """Return the length of a video of which all is exported, else where the exported part ends."""
+    duration_s = video.duration_s or 0.0
+    return duration_s if 0 < duration_s * video.fps < end_slot + 1 else end_slot / video.fps

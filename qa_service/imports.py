@@ -1,0 +1,208 @@
+"""Import: the memory of a source that another service exported, hour by hour, and not seen before all is there."""
+
+import asyncio
+import io
+import logging
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import TypeVar
+from uuid import uuid4
+
+from PIL import Image
+
+from qa_service import clock
+from qa_service.errors import DamagedExport, FileTooLarge, ModelMismatch, StateConflict, StreamTaken
+from qa_service.keys import Caller
+from qa_service.once import Once
+from qa_service.schemas import (
+    ImportAbandoned,
+    ImportBody,
+    ImportCompletion,
+    ImportDone,
+    ImportedHour,
+    TimelineExport,
+)
+from qa_service.upload import receive_body
+from store.connection import StoreUnavailable
+from store.format import HOUR_SLOTS, TokenFormat
+from store.imports import IDLE_S, ImportedTooMuch, Imports, NewImport
+from store.keyframes import Keyframes
+from store.portable import DamagedHour, max_frames_bytes, read_frames, read_keyframes
+from store.sources import StreamExists
+from store.timeline import Timeline
+
+logger = logging.getLogger(__name__)
+
+TRIES = 20
+HOURS_AT_ONCE = 2  # that are in memory
+
+T = TypeVar("T")
+
+
+class Importer:
+    """Takes timelines in. Raises ImportNotFound, SourceForbidden and StoreUnavailable.
+
+    Hours come one by one: behind Ray's proxy a request lies in memory until it is read. An import that is not
+    completed is erased by the janitor.
+    """
+
+    def __init__(
+        self,
+        imports: Imports,
+        once: Once,
+        timeline: Timeline,
+        keyframes: Keyframes,
+        *,
+        side_px: int,
+        folder: Path,
+        max_bytes: int,
+        max_hour_bytes: int,
+    ) -> None:
+        self._imports = imports
+        self._once = once
+        self._timeline = timeline
+        self._keyframes = keyframes
+        self._side_px = side_px
+        self._folder = folder
+        self._max_bytes = max_bytes
+        self._max_hour_bytes = max_hour_bytes
+        self._room = asyncio.Semaphore(HOURS_AT_ONCE)
+
+    async def begin(self, caller: Caller, described: TimelineExport, *, key: str | None = None) -> ImportBody:
+        """Begin an import. Raises ModelMismatch, StreamTaken and IdempotencyConflict."""
+        caller.require_new_sources()
+        _require_format(described.format, self._timeline.format)
+        recorded_at = None if described.recorded_at is None else clock.parse_stream_time(described.recorded_at)
+        fields = described.model_dump(include=set(NewImport.model_fields)) | {"recorded_at": recorded_at}
+
+        async def create() -> ImportBody:
+            with _name_taken():
+                source_id = await self._imports.begin(NewImport(**fields), described.gaps)
+            return ImportBody(id=source_id, expires_in_s=IDLE_S)
+
+        return await self._once(caller, "imports", key, described.model_dump_json(), ImportBody, create)
+
+    async def frames(self, caller: Caller, source_id: str, hour: int, chunks: AsyncIterator[bytes]) -> ImportedHour:
+        """Take the frames of an hour. Raises DamagedExport, FileTooLarge, StorageFull and StateConflict."""
+        limit = min(self._max_hour_bytes, max_frames_bytes(self._timeline.format))
+        as_of = await self._timeline.as_of(source_id)  # an import that was given up must not come back
+        async with self._received(caller, source_id, chunks, limit) as (content, new):
+            rows = await _read(lambda: read_frames(content(), self._timeline.format, hour))
+            _require_within(new, hour, int(rows.slots[0]), int(rows.slots[-1]))
+            for _ in range(TRIES):
+                if await self._timeline.restore(source_id, rows, as_of):
+                    return ImportedHour(frames=len(rows.slots))
+                await self._imports.go_on(source_id)
+        raise StoreUnavailable(f"hour {hour} of {source_id} changes all the time; send it again")
+
+    async def keyframes(self, caller: Caller, source_id: str, hour: int, chunks: AsyncIterator[bytes]) -> ImportedHour:
+        """Take the keyframes of an hour, behind its frames. Raises as `frames` does."""
+        async with self._received(caller, source_id, chunks, self._max_hour_bytes) as (content, new):
+            jpegs = await _read(lambda: self._pictures(content(), hour))
+            _require_within(new, hour, min(jpegs), max(jpegs))
+            kept = await self._timeline.slots(source_id, hour * HOUR_SLOTS, (hour + 1) * HOUR_SLOTS)
+            if not jpegs.keys() <= set(kept.tolist()):
+                raise DamagedExport("The hour has keyframes of frames that did not come.")
+            for _ in range(TRIES):
+                if await self._keyframes.restore(source_id, hour, jpegs):
+                    return ImportedHour(frames=len(jpegs))
+        raise StoreUnavailable(f"hour {hour} of {source_id} changes all the time; send it again")
+
+    async def complete(self, caller: Caller, source_id: str, sent: ImportCompletion) -> ImportDone:
+        """Let everyone see the source. Raises StateConflict if frames are missing, and StreamTaken."""
+        caller.require_new_sources()
+        new = await self._imports.go_on(source_id)
+        frames = await self._timeline.count(source_id)
+        if frames != sent.frames:
+            raise StateConflict(
+                f"{frames} frames are here, {sent.frames} were sent: send the missing hours, or begin again.",
+                param="frames",
+                details={"frames": frames},
+            )
+        with _name_taken():
+            await self._imports.complete(source_id)
+        logger.info("imported %s: %d frames of %r", source_id, frames, new.name)
+        return ImportDone(id=source_id, kind=new.kind, frames=frames)
+
+    async def abandon(self, caller: Caller, source_id: str) -> ImportAbandoned:
+        """Give an import up."""
+        caller.require_new_sources()
+        await self._imports.abandon(source_id)
+        return ImportAbandoned(id=source_id)
+
+    @asynccontextmanager
+    async def _received(
+        self, caller: Caller, source_id: str, chunks: AsyncIterator[bytes], max_bytes: int
+    ) -> AsyncIterator[tuple[Callable[[], bytes], NewImport]]:
+        """Take a body to disk, where many may wait, and yield what reads it once there is room in memory."""
+        caller.require_new_sources()
+        await self._imports.go_on(source_id)
+        target = self._folder / f"{uuid4().hex}.import"
+        try:
+            size = await receive_body(chunks, target, max_bytes)
+            async with self._room:
+                try:
+                    new = await self._imports.go_on(source_id, size, self._max_bytes)
+                except ImportedTooMuch:
+                    raise FileTooLarge(
+                        f"An import has at most {self._max_bytes} bytes here.", details={"max_bytes": self._max_bytes}
+                    ) from None
+                yield target.read_bytes, new
+        finally:
+            await asyncio.to_thread(target.unlink, missing_ok=True)
+
+    def _pictures(self, content: bytes, hour: int) -> Mapping[int, bytes]:
+        """Raises DamagedHour."""
+        jpegs = read_keyframes(content, hour)
+        for slot, jpeg in jpegs.items():
+            if not _is_keyframe(jpeg, self._side_px):
+                raise DamagedHour(f"the keyframe of slot {slot} is no JPEG of {self._side_px} x {self._side_px} pixels")
+        return jpegs
+
+
+async def _read(read: Callable[[], T]) -> T:
+    """Read an hour in a thread. Raises DamagedExport."""
+    try:
+        return await asyncio.to_thread(read)
+    except DamagedHour as error:
+        raise DamagedExport(f"This is no hour that an export wrote: {error}.") from None
+
+
+def _is_keyframe(jpeg: bytes, side_px: int) -> bool:
+    """Decode a picture to its end: what is kept can be read whenever a question needs it."""
+    try:
+        with Image.open(io.BytesIO(jpeg), formats=("JPEG",)) as picture:
+            if picture.size != (side_px, side_px) or picture.mode != "RGB":
+                return False
+            picture.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return False
+    return True
+
+
+def _require_format(theirs: TokenFormat, ours: TokenFormat) -> None:
+    if theirs == ours:
+        return
+    why = (
+        f"The tokens are those of the model {theirs.fingerprint}, the model that runs here is {ours.fingerprint}: it "
+        "cannot read them. Import them where their model runs."
+        if theirs.fingerprint != ours.fingerprint
+        else f"The tokens are said to be of the model {ours.fingerprint}, but have another layout."
+    )
+    raise ModelMismatch(
+        why, param="format", details={"fingerprint": theirs.fingerprint, "fingerprint_here": ours.fingerprint}
+    )
+
+
+def _require_within(new: NewImport, hour: int, first: int, last: int) -> None:
+    if first < new.start_slot or last >= new.end_slot:
+        raise DamagedExport(f"Hour {hour} has slots outside of [{new.start_slot}, {new.end_slot}), which is imported.")
+
+
+@contextmanager
+def _name_taken() -> Iterator[None]:
+    try:
+        yield
+    except StreamExists:
+        raise StreamTaken("Another stream has this name: import it under a name of its own.", param="name") from None
