@@ -39,6 +39,7 @@ from deploy.client import (
 )
 from deploy.local import CannotServe, run
 from deploy.model_commands import Evaluate, Train
+from deploy.portable import BadPortable
 from deploy.settings import PREFIX, Settings
 from deploy.times import BadTime, parse_duration, parse_moment, parse_position
 
@@ -423,6 +424,47 @@ class Erase(Ranged):
         display.print_json(receipts) if self.json_ else display.print_receipts(receipts)
 
 
+class Export(Remote):
+    """Write what is remembered of a source, or of a time of it, into a file that another service can import."""
+
+    source: CliPositionalArg[str] = Field(description="The ID of a stream or a video.")
+    file: CliPositionalArg[Path] = Field(description="Where to write: a tar of JSON and safetensors.")
+    from_: str | None = Field(default=None, alias="from", description="Stream: 2h (ago) or a date. Video: 1:30.")
+    to: str | None = Field(default=None, description="Likewise; without them: all there is.")
+    pictures: bool = Field(default=True, description="With the pictures; --no-pictures leaves them out.")
+
+    def cli_cmd(self) -> None:
+        from deploy.transfer import export_timeline
+
+        with self.connect() as client, display.video_progress() as progress:
+            told = display.HourProgress(progress, "exporting")
+            held = export_timeline(client, self._range(), self.file, pictures=self.pictures, on_progress=told)
+        display.print_json(held) if self.json_ else display.print_export(held, self.file)
+
+    def _range(self) -> Range:
+        now = datetime.now(UTC)
+        ends: list[Time | None] = [
+            None if not at else parse_position(at) if self.source.startswith("vid_") else parse_moment(at, now)
+            for at in (self.from_, self.to)
+        ]
+        return Range(source_id=self.source, start=ends[0], end=ends[1])
+
+
+class Import(Remote):
+    """Import a file that `tokenline export` wrote, as a new source."""
+
+    file: CliPositionalArg[Path]
+    name: str | None = Field(default=None, description="A name of your choice; else the one it was exported with.")
+
+    def cli_cmd(self) -> None:
+        from deploy.transfer import import_timeline
+
+        with self.connect() as client, display.video_progress() as progress:
+            told = display.HourProgress(progress, "importing")
+            imported = import_timeline(client, self.file, name=self.name, on_progress=told)
+        display.print_json(imported) if self.json_ else print(f"{imported.id} imported, {imported.frames} frames")
+
+
 class Follow(Remote):
     """Print what changes of cameras and videos, line by line, until interrupted."""
 
@@ -467,6 +509,8 @@ class Command(BaseSettings):
     ask: CliSubCommand[Ask]
     search: CliSubCommand[Search]
     erase: CliSubCommand[Erase]
+    export: CliSubCommand[Export]
+    import_: CliSubCommand[Import] = Field(alias="import")
     events: CliSubCommand[Follow]
     health: CliSubCommand[ShowHealth]
     train: CliSubCommand[Train]
@@ -505,7 +549,7 @@ def run_command(arguments: list[str]) -> int:
     except BrokenPipeError:  # whoever read the output has gone; nothing may be flushed into the pipe at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (VideoFailed, CannotServe, OSError) as error:
+    except (VideoFailed, CannotServe, BadPortable, OSError) as error:
         display.print_error(str(error))
         return 1
     except SystemExit as stop:

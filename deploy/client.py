@@ -10,7 +10,7 @@ import uuid
 from base64 import b64decode
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -23,6 +23,7 @@ CONNECT_TIMEOUT_S = 5.0
 READ_TIMEOUT_S = 60.0  # an answer's stream is never silent longer than its 15 s pings
 UPLOAD_TIMEOUT_S = 600.0  # the server answers an upload only when all of it is on its disk
 
+HourPart = Literal["frames", "keyframes"]
 Time = float | datetime
 """A moment of a source: seconds since the start of a video, a date with zone for a stream."""
 
@@ -54,7 +55,7 @@ class Stream(_Read):
 
     id: str
     name: str
-    url: str
+    url: str | None = None  # of a camera's memory that was imported
     state: str
     reason: str | None = None
     fps: float
@@ -127,6 +128,33 @@ class Receipt(_Read):
     erased: dict[str, int] = {}
     redis_log_rewritten: bool = False
     completed_at: str | None = None
+
+
+class TimelineExport(_Read):
+    """What can be exported of a source: `hours` that have frames, and all that is to be known of the frames."""
+
+    kind: str
+    name: str
+    fps: float
+    start_slot: int
+    end_slot: int
+    hours: tuple[int, ...]
+    gaps: tuple[dict[str, Any], ...] = ()
+
+    def range(self, source_id: str) -> "Range":
+        """Return the same slots of the source as a range."""
+        start_s, end_s = self.start_slot / self.fps, self.end_slot / self.fps
+        if self.kind == "video":
+            return Range(source_id=source_id, start=start_s, end=end_s)
+        return Range(source_id=source_id, start=_moment(start_s), end=_moment(end_s))
+
+
+class Imported(_Read):
+    """A source that was imported."""
+
+    id: str
+    kind: str
+    frames: int
 
 
 class Moment(_Read):
@@ -341,6 +369,16 @@ def _json_time(at: Time) -> str | float:
     return at.isoformat() if isinstance(at, datetime) else at
 
 
+def _query(wanted: Range) -> dict[str, str]:
+    """Return the times of a range as addresses hold them."""
+    times = {"start": wanted.start, "end": wanted.end}
+    return {name: str(_json_time(at)) for name, at in times.items() if at is not None}
+
+
+def _moment(seconds: float) -> datetime:
+    return datetime(1970, 1, 1, tzinfo=UTC) + timedelta(seconds=seconds)
+
+
 class Client:
     """One connection to a service. A context manager: leaving it closes the connection."""
 
@@ -480,9 +518,47 @@ class Client:
 
     def erase(self, wanted: Range) -> Receipt:
         """Erase what is remembered of a range for good, and return the receipt."""
-        times = {"start": wanted.start, "end": wanted.end}
-        query = {name: str(_json_time(at)) for name, at in times.items() if at is not None}
-        return Receipt.model_validate(self._json("DELETE", f"/v1/sources/{wanted.source_id}/memory", params=query))
+        path = f"/v1/sources/{wanted.source_id}/memory"
+        return Receipt.model_validate(self._json("DELETE", path, params=_query(wanted)))
+
+    def describe_export(self, wanted: Range) -> TimelineExport:
+        """Return what can be exported of a range."""
+        return TimelineExport.model_validate(
+            self._json("GET", f"/v1/sources/{wanted.source_id}/export", params=_query(wanted))
+        )
+
+    def export_hour(self, source_id: str, part: HourPart, hour: int, described: TimelineExport) -> bytes | None:
+        """Return the frames or the keyframes of an hour as a safetensors file, None if none are kept (any more)."""
+        query = {"start_slot": described.start_slot, "end_slot": described.end_slot}
+        timeout = httpx.Timeout(UPLOAD_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)  # an hour is read before any of it is sent
+        with _reaching(self.url):
+            response = self._http.get(f"/v1/sources/{source_id}/export/{part}/{hour}", params=query, timeout=timeout)
+        try:
+            _check(response)
+        except ApiError as error:
+            if error.code == "empty_range":
+                return None
+            raise
+        return response.content
+
+    def begin_import(self, described: Mapping[str, Any]) -> str:
+        """Begin to import what an export told, and return the id of the import."""
+        return str(self._create("/v1/imports", json=described)["id"])
+
+    def import_hour(self, import_id: str, part: HourPart, hour: int, content: bytes) -> int:
+        """Send the frames or the keyframes of an hour, and return how many these were. Sent twice they count once."""
+        timeout = httpx.Timeout(UPLOAD_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
+        path = f"/v1/imports/{import_id}/{part}/{hour}"
+        return int(self._json("PUT", path, content=content, timeout=timeout)["frames"])
+
+    def complete_import(self, import_id: str, frames: int) -> Imported:
+        """Let everyone see an import of which so many frames were sent."""
+        body = {"frames": frames}
+        return Imported.model_validate(self._json("POST", f"/v1/imports/{import_id}/complete", json=body))
+
+    def abandon_import(self, import_id: str) -> None:
+        """Give an import up."""
+        self._json("DELETE", f"/v1/imports/{import_id}")
 
     def frames_kept(self, stream_id: str, since: datetime) -> int:
         """Return how many frames of a stream are in memory from `since` to now."""

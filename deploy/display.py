@@ -9,6 +9,7 @@ import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
@@ -28,6 +29,7 @@ from deploy.client import (
     Stream,
     StreamHealth,
     StreamProbe,
+    TimelineExport,
     Video,
 )
 from deploy.times import show_position
@@ -58,7 +60,7 @@ def print_json(value: BaseModel | Sequence[BaseModel]) -> None:
 def print_streams(streams: Iterable[Stream]) -> None:
     """Print one line a stream."""
     rows = [
-        (one.id, one.name, _state(one.state, one.reason), f"{one.fps:g}", one.url, _labels(one.labels))
+        (one.id, one.name, _state(one.state, one.reason), f"{one.fps:g}", one.url or "", _labels(one.labels))
         for one in streams
     ]
     _print_table(("id", "name", "state", "fps", "url", "labels"), rows, none="no streams")
@@ -122,6 +124,12 @@ def print_receipts(receipts: Iterable[Receipt]) -> None:
     _print_table(("receipt", "source", "from", "to", "in Redis", "sealed", "keyframes"), rows, none="nothing erased")
 
 
+def print_export(held: TimelineExport, path: Path) -> None:
+    """Print what was written into a file."""
+    frames = f"{len(held.hours)} hours" if len(held.hours) != 1 else "1 hour"
+    print(f"{path}: {printable(held.name)}, {frames}, {path.stat().st_size} bytes")
+
+
 def print_event(event: Event) -> None:
     """Print one line an event."""
     told = event.state or event.status or ""
@@ -173,6 +181,18 @@ class _TimeLeft(ProgressColumn):
     def render(self, task: Task) -> Text:
         left_s = task.fields.get("eta_s", task.time_remaining)
         return Text("" if left_s is None or task.finished else f"{show_position(math.ceil(left_s))} left")
+
+
+class HourProgress:
+    """A progress bar of hours that are exported or imported."""
+
+    def __init__(self, progress: Progress, what: str) -> None:
+        self._progress = progress
+        self._task = progress.add_task(what, total=None)
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show how many of the hours are done."""
+        self._progress.update(self._task, completed=done, total=total)
 
 
 class VideoProgress:

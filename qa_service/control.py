@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from qa_service.clock import write_stream_time
-from qa_service.errors import StreamTaken
+from qa_service.errors import StreamTaken, ValidationFailed
 from qa_service.keys import Caller
 from qa_service.once import Once
 from qa_service.schemas import (

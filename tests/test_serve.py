@@ -16,6 +16,8 @@ import torch
 from compressor_service import preprocess
 from compressor_service.llava_mini import LlavaMini
 from compressor_service.llava_mini.prompt import Prompt
+from deploy.client import Client, Range
+from deploy.transfer import export_timeline, import_timeline
 from ingest.sample_camera import SampleCamera
 from tests.ingest_parts import free_port, real_clip
 from tests.service import (
@@ -133,6 +135,22 @@ def test_an_exact_answer_about_a_video_is_the_offline_models_id_for_id(service, 
         "gaps": [],
         "notes": [],
     }
+
+
+def test_a_video_and_a_camera_come_back_from_files_and_answer_the_same(service, client, bikes, street, tmp_path):
+    end = datetime.now(UTC) - timedelta(seconds=8)
+    ranges = [Range(source_id=bikes), Range(source_id=street, end=end)]
+    with Client(service.url) as portable:
+        for wanted in ranges:
+            held = export_timeline(portable, wanted, tmp_path / "held.tar")
+            copy = import_timeline(portable, tmp_path / "held.tar", name="a copy")
+            asked = held.range(copy.id).body()
+            theirs, ours = (
+                ask(client, asked | {name: source_id for name in asked if name.endswith("_id")}).json()
+                for source_id in (wanted.source_id, copy.id)
+            )
+            assert copy.frames == ours["coverage"]["frames_used"] > 0
+            assert (theirs["answer"], theirs["coverage"]["frames_used"]) == (ours["answer"], copy.frames)
 
 
 def test_an_exact_answer_about_a_camera_is_the_offline_models_id_for_id(service, client, street):
