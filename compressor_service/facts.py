@@ -1,6 +1,10 @@
 """What callers see of the compressor. Imports no torch: most processes of the service never run a model."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from store.format import TokenFormat
 
@@ -27,3 +31,21 @@ class ModelFacts:
     searches_text: bool
     untrained: bool
     world: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """What a model made of n pictures: of the r that are `readable` (n,), tokens (r, C2, D) and vectors (r, P)."""
+
+    readable: NDArray[np.bool_]
+    tokens: NDArray[np.generic]
+    vectors: NDArray[np.float32]
+
+    @classmethod
+    def join(cls, parts: Sequence["Encoded"]) -> "Encoded":
+        """Put at least one part behind the other."""
+        return cls(
+            np.concatenate([part.readable for part in parts]),
+            np.concatenate([part.tokens for part in parts]),
+            np.concatenate([part.vectors for part in parts]),
+        )

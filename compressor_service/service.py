@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from ray import serve
 
-from compressor_service.facts import ModelFacts
+from compressor_service.facts import Encoded, ModelFacts
 from compressor_service.settings import CompressorSettings
 from ingest.frame import Frame, Receipt
 from store.connection import connect
@@ -64,6 +64,10 @@ class CompressorService:
     @serve.batch(max_concurrent_batches=2, batch_size_fn=_frames_in)
     async def _gather(self, requests: list[Sequence[Frame]]) -> list[Receipt]:
         return await self._writer.put(requests)
+
+    async def encode(self, keyframes: Sequence[bytes]) -> Encoded:
+        """Look at keyframes and keep nothing, whenever nothing else wants the device. Raises SinkUnavailable."""
+        return await self._writer.encode(keyframes)
 
     async def fuse_text(
         self, input_ids: Sequence[int], frames: Sequence[tuple[str, Sequence[int]]]

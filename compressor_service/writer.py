@@ -1,18 +1,17 @@
 """Frames of many sources, looked at together and then remembered; and looked at again for a question. No Ray."""
 
-import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ParamSpec, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from compressor_service.device import Device
 from compressor_service.encoder import Encoder
-from compressor_service.facts import BadPicture
+from compressor_service.facts import BadPicture, Encoded
 from ingest.frame import Frame, Receipt, SinkUnavailable
 from store.counters import Counters
 from store.gaps import Gap, Gaps
@@ -22,8 +21,6 @@ from store.leases import Leases
 from store.timeline import Timeline
 
 _log = logging.getLogger(__name__)
-_Arguments = ParamSpec("_Arguments")
-_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +53,7 @@ class FrameWriter:
         self._gaps = gaps
         self._counters = counters
         self._frames_per_pass = frames_per_pass
-        self._device = asyncio.Lock()
-        self._failure: RuntimeError | None = None
+        self._device = Device()
 
     async def put(self, requests: Sequence[Sequence[Frame]]) -> list[Receipt]:
         """Keep the frames of several requests; they are durable on return.
@@ -68,7 +64,7 @@ class FrameWriter:
         frames = [frame for request in requests for frame in request]
         newest = _newest_epochs(frames)
         try:
-            seen = await self._with_device(
+            seen = await self._device.run(
                 self._look, [frame for frame in frames if frame.epoch == newest[frame.source_id]]
             )
         except (torch.AcceleratorError, torch.OutOfMemoryError) as error:
@@ -99,6 +95,21 @@ class FrameWriter:
                 gap = Gap(start_slot=frame.slot, end_slot=frame.slot + 1, reason="decode_error")
                 await self._gaps.add(frame.source_id, frame.epoch, [gap])
 
+    async def encode(self, keyframes: Sequence[bytes]) -> Encoded:
+        """Look at keyframes as `put` does, and keep nothing. Raises SinkUnavailable when the device fails.
+
+        This can wait: each pass begins when nothing else wants the device, so that live frames are not held up.
+        """
+        size = self._frames_per_pass
+        try:
+            passes = [
+                await self._device.run_when_idle(self._encode, keyframes[start : start + size])
+                for start in range(0, len(keyframes), size)
+            ]
+        except (torch.AcceleratorError, torch.OutOfMemoryError) as error:
+            raise SinkUnavailable(f"the device of the compressor failed with {type(error).__name__}") from error
+        return Encoded.join(passes) if passes else self._encode([])
+
     async def fuse_text(
         self, input_ids: Sequence[int], frames: Sequence[tuple[str, Sequence[int]]]
     ) -> NDArray[np.float32]:
@@ -110,46 +121,42 @@ class FrameWriter:
         for source_id, slots in frames:
             for start in range(0, len(slots), self._frames_per_pass):
                 pictures = await self._keyframes.get_many(source_id, slots[start : start + self._frames_per_pass])
-                total += await self._with_device(self._encoder.fuse_text, input_ids, pictures)
+                total += await self._device.run(self._encoder.fuse_text, input_ids, pictures)
         return total
 
     async def embed_text(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Return unit vectors (n, P). Raises SearchUnavailable."""
-        return await self._with_device(self._encoder.embed_text, texts)
+        return await self._device.run(self._encoder.embed_text, texts)
 
     async def embed_image(self, pictures: Sequence[bytes]) -> NDArray[np.float32]:
         """Return unit vectors (n, P). Raises BadPicture."""
-        return await self._with_device(self._encoder.embed_image, pictures)
+        return await self._device.run(self._encoder.embed_image, pictures)
 
     def check_health(self) -> None:
         """Raise the error of the device after which no pass can be trusted, if there was one."""
-        if self._failure is not None:
-            raise self._failure
+        self._device.check_health()
 
     def _look(self, frames: Sequence[Frame]) -> list[_Seen]:
-        pictures, readable = [], []
-        for frame in frames:
-            try:
-                pictures.append(self._encoder.decode(frame.keyframe))
-            except BadPicture as error:
-                _log.warning("%s slot %d: keyframe dropped: %s", frame.source_id, frame.slot, error)
-            else:
-                readable.append(frame)
-        if not readable:
-            return []
-        tokens, vectors = self._encoder.encode_decoded(pictures)
-        return [_Seen(*one) for one in zip(readable, tokens, vectors, strict=True)]
+        encoded = self._encode([frame.keyframe for frame in frames])
+        for frame, is_readable in zip(frames, encoded.readable, strict=True):
+            if not is_readable:
+                _log.warning("%s slot %d: keyframe dropped: it cannot be decoded", frame.source_id, frame.slot)
+        readable = [frame for frame, is_readable in zip(frames, encoded.readable, strict=True) if is_readable]
+        return [_Seen(*one) for one in zip(readable, encoded.tokens, encoded.vectors, strict=True)]
 
-    async def _with_device(
-        self, work: Callable[_Arguments, _Result], *args: _Arguments.args, **kwargs: _Arguments.kwargs
-    ) -> _Result:
-        """Run one piece of work in a thread; one at a time, because each takes the whole device."""
-        async with self._device:
+    def _encode(self, keyframes: Sequence[bytes]) -> Encoded:
+        pictures = []
+        readable = np.ones(len(keyframes), np.bool_)
+        for place, keyframe in enumerate(keyframes):
             try:
-                return await asyncio.to_thread(work, *args, **kwargs)
-            except torch.AcceleratorError as error:
-                self._failure = error
-                raise
+                pictures.append(self._encoder.decode(keyframe))
+            except BadPicture:
+                readable[place] = False
+        if pictures:
+            return Encoded(readable, *self._encoder.encode_decoded(pictures))
+        format = self._encoder.format
+        no_tokens = np.empty((0, *format.token_shape), format.numpy_dtype)
+        return Encoded(readable, no_tokens, np.empty((0, format.vector_width), np.float32))
 
 
 def _newest_epochs(frames: Sequence[Frame]) -> dict[str, int]:

@@ -15,6 +15,7 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
 
 from compressor_service.facts import ModelFacts
+from compressor_service.recompute import Recomputer
 from compressor_service.service import CompressorService
 from deploy.desk import StoreDesk
 from deploy.remote import (
@@ -46,6 +47,7 @@ from qa_service.imports import Importer
 from qa_service.keys import RateLimit
 from qa_service.metrics import Metrics
 from qa_service.once import Once
+from qa_service.recomputing import Recomputing
 from qa_service.schemas import AnswerEvent, ModelBody, Question
 from qa_service.viewer import Viewer
 from store.cipher import Cipher
@@ -60,6 +62,7 @@ from store.keyframes import Keyframes
 from store.leases import Leases
 from store.memory import Memory
 from store.moments import Found, Moments, Span
+from store.recomputations import Recomputations
 from store.segments import Segments
 from store.sizes import KeyframeHours, TokenHours
 from store.sources import Sources
@@ -285,6 +288,14 @@ class Gateway:
                 max_bytes=settings.api.max_import_bytes,
                 max_hour_bytes=settings.api.max_hour_bytes,
             ),
+            recomputing=Recomputing(
+                reader,
+                sources,
+                Recomputations(redis),
+                Once(Idempotency(redis)),
+                model=facts.name,
+                fingerprint=facts.format.fingerprint,
+            ),
             finder=Finder(reader, remote, RemoteMoments(search)),
             questions=questions,
             describe=questions.describe,
@@ -302,21 +313,33 @@ class Gateway:
 
 
 class Caretaker:
-    """Runs the janitor."""
+    """Runs the janitor and the recomputer."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, compressor: Handle) -> None:
         redis = _redis(settings)
+        sources = _sources(settings, redis)
         memory = Memory(redis, _segments(settings), Keyframes(redis, settings.store.segments_root))
-        janitor = Janitor(redis, _sources(settings, redis), memory, settings.store)
-        self._task = asyncio.create_task(janitor.run())
+        janitor = Janitor(redis, sources, memory, settings.store)
+
+        async def recompute() -> None:
+            eyes = RemoteCompressor(compressor)
+            timeline = Timeline(redis, (await eyes.facts_when_loaded()).format, _segments(settings))
+            await Recomputer(redis, sources, memory, timeline, eyes, settle_s=settings.store.seal_settle_s).run()
+
+        self._tasks = {
+            "janitor": asyncio.create_task(janitor.run()),
+            "recomputer": asyncio.create_task(recompute()),
+        }
 
     def check_health(self) -> None:
-        if self._task.done():
-            raise RuntimeError("the janitor has ended")
+        for name, task in self._tasks.items():
+            if task.done():
+                raise RuntimeError(f"the {name} has ended")
 
     async def __del__(self) -> None:
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+        for task in self._tasks.values():
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
 
 class Addresses:
@@ -427,6 +450,6 @@ def build(settings: Settings) -> Application:
     search = deploy(Search, "search", serving.search).bind(settings, compressor)
     qa = deploy(QA, "qa", serving.qa).bind(settings, compressor, search)
     ingest = deploy(Ingest, "ingest", serving.ingest).bind(settings, compressor)
-    janitor = deploy(Caretaker, "janitor", serving.janitor).bind(settings)
+    janitor = deploy(Caretaker, "janitor", serving.janitor).bind(settings, compressor)
     gateway = deploy(serve.ingress()(Gateway), "api", serving.api)
     return gateway.bind(settings, compressor, search, qa, ingest, janitor)

@@ -33,6 +33,7 @@ from deploy.client import (
     NewStream,
     Question,
     Range,
+    RecomputationFailed,
     Time,
     Video,
     VideoFailed,
@@ -465,6 +466,91 @@ class Import(Remote):
         display.print_json(imported) if self.json_ else print(f"{imported.id} imported, {imported.frames} frames")
 
 
+class Recompute(Remote):
+    """Let the running model look at kept pictures that only another model saw, in the background of the service."""
+
+    source: CliPositionalArg[list[str]] = Field(
+        default=[], description="A stream or video, ID or ID@START..END; without any all of them."
+    )
+    from_: str | None = Field(
+        default=None, alias="from", description="Stream: 2d (ago) or a date with zone. Video: 90 or 1:30."
+    )
+    to: str | None = Field(default=None, description="Likewise; without it: up to the last picture.")
+    drop_old: bool = Field(
+        default=False, description="Erase what other models made of an hour once all of it is made anew."
+    )
+    wait: bool = Field(default=False, description="Wait until all is done, also the hour that is still recorded.")
+
+    def cli_cmd(self) -> None:
+        ranges = self._ranges(datetime.now(UTC))
+        with self.connect() as client:
+            job = client.recompute(ranges, drop_old=self.drop_old)
+            if self.wait:
+                with display.video_progress() as progress:
+                    job = client.wait_recomputation(job.id, on_progress=display.RecomputationProgress(progress))
+        display.print_json(job) if self.json_ else display.print_recomputations([job])
+
+    def _ranges(self, now: datetime) -> tuple[Range, ...] | None:
+        if not self.source:
+            if self.from_ or self.to:
+                raise UsageError("name the streams or videos that --from and --to are meant for")
+            return None
+        kinds = {named.startswith("vid_") for named in self.source if "@" not in named}
+        if len(kinds) > 1 and (self.from_ or self.to):
+            raise UsageError("--from and --to differ for streams and videos: write the range as ID@START..END")
+        return tuple(self._range(named, now) for named in self.source)
+
+    def _range(self, named: str, now: datetime) -> Range:
+        source_id, start, end = _split(named, self.from_, self.to)
+        ends: list[Time | None] = [
+            None if not at else parse_position(at) if source_id.startswith("vid_") else parse_moment(at, now)
+            for at in (start, end)
+        ]
+        return Range(source_id=source_id, start=ends[0], end=ends[1])
+
+
+class ListRecomputations(Remote):
+    """List recomputations, the newest first."""
+
+    def cli_cmd(self) -> None:
+        with self.connect() as client:
+            jobs = list(client.list_recomputations())
+        display.print_json(jobs) if self.json_ else display.print_recomputations(jobs)
+
+
+class ShowRecomputation(Remote):
+    """Show how far one recomputation is."""
+
+    id: CliPositionalArg[str]
+
+    def cli_cmd(self) -> None:
+        with self.connect() as client:
+            job = client.get_recomputation(self.id)
+        display.print_json(job) if self.json_ else display.print_recomputation(job)
+
+
+class CancelRecomputation(Remote):
+    """End a recomputation; what it has made stays."""
+
+    id: CliPositionalArg[str]
+
+    def cli_cmd(self) -> None:
+        with self.connect() as client:
+            job = client.cancel_recomputation(self.id)
+        display.print_json(job) if self.json_ else display.print_recomputations([job])
+
+
+class Recomputations(BaseModel):
+    """What was asked for with `tokenline recompute`."""
+
+    list_: CliSubCommand[ListRecomputations] = Field(alias="list")
+    show: CliSubCommand[ShowRecomputation]
+    cancel: CliSubCommand[CancelRecomputation]
+
+    def cli_cmd(self) -> None:
+        CliApp.run_subcommand(self)
+
+
 class Follow(Remote):
     """Print what changes of cameras and videos, line by line, until interrupted."""
 
@@ -511,6 +597,8 @@ class Command(BaseSettings):
     erase: CliSubCommand[Erase]
     export: CliSubCommand[Export]
     import_: CliSubCommand[Import] = Field(alias="import")
+    recompute: CliSubCommand[Recompute]
+    recomputations: CliSubCommand[Recomputations]
     events: CliSubCommand[Follow]
     health: CliSubCommand[ShowHealth]
     train: CliSubCommand[Train]
@@ -549,7 +637,7 @@ def run_command(arguments: list[str]) -> int:
     except BrokenPipeError:  # whoever read the output has gone; nothing may be flushed into the pipe at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (VideoFailed, CannotServe, BadPortable, OSError) as error:
+    except (VideoFailed, RecomputationFailed, CannotServe, BadPortable, OSError) as error:
         display.print_error(str(error))
         return 1
     except SystemExit as stop:

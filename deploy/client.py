@@ -42,6 +42,10 @@ class Unreachable(ConnectionError):
     """No service answers at the URL, or the connection was cut while it did."""
 
 
+class RecomputationFailed(RuntimeError):
+    """A recomputation ended before all was done."""
+
+
 class VideoFailed(RuntimeError):
     """The service could not read a video to its end."""
 
@@ -116,6 +120,23 @@ class Deleted(_Read):
 
     id: str
     purged_frames: int = 0
+
+
+class Recomputation(_Read):
+    """Frames that the running model looks at again: of `frames` so many are `done` or `unreadable`."""
+
+    id: str
+    model: str | None = None
+    fingerprint: str | None = None
+    status: str
+    reason: str | None = None
+    progress: float = 0.0
+    eta_s: float | None = None
+    frames: int = 0
+    done: int = 0
+    unreadable: int = 0
+    dropped: int = 0
+    waiting_until: str | None = None
 
 
 class Receipt(_Read):
@@ -559,6 +580,39 @@ class Client:
     def abandon_import(self, import_id: str) -> None:
         """Give an import up."""
         self._json("DELETE", f"/v1/imports/{import_id}")
+
+    def recompute(self, sources: Sequence[Range] | None, *, drop_old: bool = False) -> Recomputation:
+        """Let the running model look at kept pictures of ranges, or of all sources, that only another model saw."""
+        body: dict[str, Any] = {"drop_old": drop_old}
+        if sources is not None:
+            body["sources"] = [source.body() for source in sources]
+        return Recomputation.model_validate(self._create("/v1/recomputations", json=body))
+
+    def list_recomputations(self) -> Iterator[Recomputation]:
+        """Yield recomputations, the newest first."""
+        return (Recomputation.model_validate(one) for one in self._pages("/v1/recomputations", {}))
+
+    def get_recomputation(self, recomputation_id: str) -> Recomputation:
+        """Return one recomputation."""
+        return Recomputation.model_validate(self._json("GET", f"/v1/recomputations/{recomputation_id}"))
+
+    def cancel_recomputation(self, recomputation_id: str) -> Recomputation:
+        """End a recomputation; what it has made stays."""
+        return Recomputation.model_validate(self._json("DELETE", f"/v1/recomputations/{recomputation_id}"))
+
+    def wait_recomputation(
+        self, recomputation_id: str, *, on_progress: Callable[[Recomputation], None] | None = None, poll_s: float = 0.5
+    ) -> Recomputation:
+        """Return the recomputation once all is done; RecomputationFailed, with the reason, if it ends before."""
+        while True:
+            job = self.get_recomputation(recomputation_id)
+            if on_progress:
+                on_progress(job)
+            if job.status == "done":
+                return job
+            if job.status in ("failed", "cancelled"):
+                raise RecomputationFailed(f"recomputation {job.id} {job.status}: {job.reason or 'it was ended'}")
+            time.sleep(poll_s)
 
     def frames_kept(self, stream_id: str, since: datetime) -> int:
         """Return how many frames of a stream are in memory from `since` to now."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
@@ -26,6 +27,7 @@ from deploy.client import (
     Health,
     Moments,
     Receipt,
+    Recomputation,
     Stream,
     StreamHealth,
     StreamProbe,
@@ -130,6 +132,29 @@ def print_export(held: TimelineExport, path: Path) -> None:
     print(f"{path}: {printable(held.name)}, {frames}, {path.stat().st_size} bytes")
 
 
+def print_recomputations(jobs: Iterable[Recomputation]) -> None:
+    """Print one line a recomputation."""
+    rows = [
+        (
+            one.id,
+            _state(one.status, one.reason or (f"waits until {one.waiting_until}" if one.waiting_until else None)),
+            f"{one.progress:.0%}",
+            str(one.frames),
+            str(one.done),
+            str(one.unreadable),
+            "" if one.eta_s is None else show_position(math.ceil(one.eta_s)),
+        )
+        for one in jobs
+    ]
+    columns = ("recomputation", "status", "progress", "frames", "done", "unreadable", "left")
+    _print_table(columns, rows, none="no recomputations")
+
+
+def print_recomputation(job: Recomputation) -> None:
+    """Print all that is known of one recomputation."""
+    _print_facts(job.model_dump(mode="json"))
+
+
 def print_event(event: Event) -> None:
     """Print one line an event."""
     told = event.state or event.status or ""
@@ -210,6 +235,19 @@ class VideoProgress:
     def read(self, video: Video) -> None:
         """Show how much of the video is in memory."""
         self._progress.update(self._reading, completed=video.progress, eta_s=video.eta_s, visible=True)
+
+
+class RecomputationProgress:
+    """A progress bar of a recomputation, called with what the service tells of it."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._bar = progress.add_task("recomputing", total=1.0)
+
+    def __call__(self, job: Recomputation) -> None:
+        waits = f"waiting until {job.waiting_until}" if job.waiting_until else None
+        told = printable(job.reason or waits or "recomputing")
+        self._progress.update(self._bar, description=escape(told), completed=job.progress, eta_s=job.eta_s)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from ray.exceptions import (
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from compressor_service.facts import BadPicture, ModelFacts
+from compressor_service.facts import BadPicture, Encoded, ModelFacts
 from compressor_service.facts import SearchUnavailable as NoTextHalf
 from ingest.address import BadUrl as BadAddress
 from ingest.assignment import Camera
@@ -76,7 +76,7 @@ def plain_errors(part: str) -> Iterator[None]:
 
 
 class RemoteCompressor:
-    """The compressor: a FrameSink for ingest, TextFusion and SearchSpace for answering."""
+    """The compressor: a FrameSink for ingest, TextFusion and SearchSpace for answering, Eyes for recomputing."""
 
     def __init__(self, handle: Handle) -> None:
         self._handle = handle
@@ -89,6 +89,15 @@ class RemoteCompressor:
                 self._facts = await self._handle.describe.remote()
         return self._facts
 
+    async def facts_when_loaded(self) -> ModelFacts:
+        """Return what the model is, however long it takes until a compressor tells."""
+        while True:
+            try:
+                return await self.facts()
+            except (QueueFull, ScalingUp, RayError) as error:
+                logger.info("the compressor does not tell its model yet: %s", type(error).__name__)
+                await asyncio.sleep(LOADING_PATIENCE_S)
+
     async def input_size_px(self) -> int:
         with _as_sink():
             return (await self.facts()).input_size_px
@@ -96,6 +105,10 @@ class RemoteCompressor:
     async def put(self, frames: Sequence[Frame]) -> Receipt:
         with _as_sink(), plain_errors("compressor"):
             return await self._handle.put.remote(list(frames))
+
+    async def encode(self, keyframes: Sequence[bytes]) -> Encoded:
+        with _as_sink(), plain_errors("compressor"):
+            return await self._handle.encode.remote(list(keyframes))
 
     async def fuse_text(
         self, input_ids: Sequence[int], frames: Sequence[tuple[str, Sequence[int]]]

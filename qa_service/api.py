@@ -24,6 +24,7 @@ from qa_service.health import Readiness
 from qa_service.imports import Importer
 from qa_service.keys import Caller, Keyring, RateLimit
 from qa_service.metrics import Metrics
+from qa_service.recomputing import Recomputing
 from qa_service.schemas import (
     MAX_SLOT,
     Answer,
@@ -40,6 +41,9 @@ from qa_service.schemas import (
     ModelList,
     MomentList,
     Question,
+    RecomputationBody,
+    RecomputationList,
+    RecomputationRequest,
     SearchRequest,
     Slot,
     StreamBody,
@@ -86,6 +90,7 @@ class Services:
     erasure: Erasure
     exports: Exports
     importer: Importer
+    recomputing: Recomputing
     finder: Finder
     questions: Questions
     describe: Describe
@@ -113,6 +118,7 @@ def build_api(services: Services, settings: ApiSettings, *, behind_ray: bool = F
     _add_videos(api, services)
     _add_sources(api, services)
     _add_transfer(api, services)
+    _add_recomputations(api, services)
     _add_events(api, services)
     _add_questions(api, services, settings)
     _add_service(api, services)
@@ -141,6 +147,7 @@ def allow(*scopes: Scope) -> Callable[[Request], Caller]:
 Reader = Annotated[Caller, Depends(allow("streams:read"))]
 Writer = Annotated[Caller, Depends(allow("streams:write"))]
 Asker = Annotated[Caller, Depends(allow("ask"))]
+Operator = Annotated[Caller, Depends(allow("admin"))]
 Looker = Annotated[Caller, Depends(allow("streams:read", "ask"))]  # a citation's frame belongs to its answer
 Limit = Annotated[int, Query(ge=1, le=1000, description="Items on a page.")]
 Cursor = Annotated[str | None, Query(max_length=200, description="`next_cursor` of the page before.")]
@@ -435,6 +442,49 @@ def _add_transfer(api: FastAPI, services: Services) -> None:
 def _pieces(content: bytes) -> Iterator[bytes]:
     """Cut what is sent, for proxies that hand on whole messages."""
     return (content[at : at + PIECE_BYTES] for at in range(0, len(content), PIECE_BYTES))
+
+
+def _add_recomputations(api: FastAPI, services: Services) -> None:
+    recomputing = services.recomputing
+
+    @api.post(
+        "/v1/recomputations",
+        status_code=202,
+        tags=["recomputations"],
+        summary="Let the running model look at kept pictures that only another model saw",
+        responses=_errors(400, 401, 403, 404, 409, 422, 429, 503),
+    )
+    async def create_recomputation(
+        wanted: RecomputationRequest, caller: Operator, key: IdempotencyKey = None
+    ) -> RecomputationBody:
+        return await recomputing.create(caller, wanted, key=key)
+
+    @api.get(
+        "/v1/recomputations",
+        tags=["recomputations"],
+        summary="List recomputations, the newest first",
+        responses=_errors(401, 403, 429, 503),
+    )
+    async def list_recomputations(caller: Operator) -> RecomputationList:
+        return await recomputing.everything(caller)
+
+    @api.get(
+        "/v1/recomputations/{recomputation_id}",
+        tags=["recomputations"],
+        summary="Show a recomputation and how far it is",
+        responses=_errors(401, 403, 404, 429, 503),
+    )
+    async def get_recomputation(recomputation_id: str, caller: Operator) -> RecomputationBody:
+        return await recomputing.get(caller, recomputation_id)
+
+    @api.delete(
+        "/v1/recomputations/{recomputation_id}",
+        tags=["recomputations"],
+        summary="Cancel a recomputation; the tokens that it has made stay",
+        responses=_errors(401, 403, 404, 409, 429, 503),
+    )
+    async def cancel_recomputation(recomputation_id: str, caller: Operator) -> RecomputationBody:
+        return await recomputing.cancel(caller, recomputation_id)
 
 
 def _add_events(api: FastAPI, services: Services) -> None:

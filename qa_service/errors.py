@@ -16,6 +16,7 @@ from store.events import BadEventId
 from store.hot import FrameNotKept
 from store.idempotency import IdempotencyConflict
 from store.imports import ImportNotFound
+from store.recomputations import RecomputationEnded, RecomputationNotFound
 from store.sources import BadCursor, SourceNotFound, StreamNotFound, VideoNotFound
 from store.sources import StateConflict as SourceStateConflict
 
@@ -198,6 +199,11 @@ TABLE: Mapping[type[Exception], Reply] = {
         404, "source_not_found", "There is no such source; GET /v1/streams and /v1/videos list them."
     ),
     ImportNotFound: Reply(404, "import_not_found", "There is no such import, or it has ended: begin a new one."),
+    RecomputationNotFound: Reply(
+        404,
+        "recomputation_not_found",
+        "There is no such recomputation, or it ended long ago; GET /v1/recomputations lists them.",
+    ),
     FrameMissing: Reply(404, "frame_not_kept"),
     FrameNotKept: Reply(404, "frame_not_kept", "The frame of this time is not kept."),
     KeyframesNotKept: Reply(422, "keyframes_not_kept"),
@@ -206,6 +212,7 @@ TABLE: Mapping[type[Exception], Reply] = {
     DamagedExport: Reply(422, "damaged_export"),
     StreamTaken: Reply(409, "stream_exists"),
     SourceStateConflict: Reply(409, "state_conflict"),
+    RecomputationEnded: Reply(409, "state_conflict"),
     IdempotencyConflict: Reply(409, "state_conflict"),
     StateConflict: Reply(409, "state_conflict"),
     SearchUnavailable: Reply(409, "state_conflict"),

@@ -538,6 +538,69 @@ SourceOrRange = Annotated[
 ]
 
 
+class RecomputationRequest(Body):
+    """Frames that another model saw, to be looked at again by the one that runs now."""
+
+    model_config = _example(
+        {"sources": [{"stream_id": "str_0123456789ab", "start": "2026-07-01T06:00:00Z"}], "drop_old": False}
+    )
+
+    sources: list[SourceOrRange] | None = Field(
+        default=None, min_length=1, max_length=1000, description="Left out: every source that the key may see."
+    )
+    drop_old: bool = Field(
+        default=False,
+        description="Erase what other models made of an hour once the running model has a token for all of it.",
+    )
+
+
+class RecomputedSource(Body):
+    """How far one source is. A frame whose picture is gone meanwhile counts as done."""
+
+    source_id: str
+    frames: int = Field(description="Frames with a picture and no token of the model, when the work began.")
+    done: int
+    unreadable: int = Field(description="Frames whose picture cannot be decoded; their gap says `decode_error`.")
+    dropped: int = Field(description="Tokens of other models that were erased, with `drop_old`.")
+
+
+class UnreadableFrame(Body):
+    source_id: str
+    time: Time
+
+
+class RecomputationBody(Body):
+    """A recomputation and how far it is; the timeline shows the new frames as they come."""
+
+    id: str
+    object: Literal["recomputation"] = "recomputation"
+    model: str = Field(description="The model that looks again.")
+    fingerprint: str
+    drop_old: bool
+    status: Literal["queued", "running", "done", "failed", "cancelled"]
+    reason: str | None = Field(description="What stands in the way, or why it failed.")
+    progress: float = Field(description="0 to 1.")
+    eta_s: float | None
+    frames: int
+    done: int
+    unreadable: int
+    dropped: int
+    waiting_until: str | None = Field(
+        description="When the work goes on: what is left is still being recorded, or `reason` tells more."
+    )
+    created_at: str
+    ended_at: str | None
+    sources: list[RecomputedSource]
+    unreadable_frames: list[UnreadableFrame] = Field(description="The first of them.")
+
+
+class RecomputationList(Body):
+    object: Literal["list"] = "list"
+    data: list[RecomputationBody]
+    has_more: bool
+    next_cursor: str | None
+
+
 class Question(Body):
     """A question about time ranges of sources."""
 

@@ -100,6 +100,17 @@ class Keyframes:
             kept[here] = np.isin(slots[here], pack.slots)
         return kept
 
+    async def hours(self, source_id: str) -> list[int]:
+        """Return the hours that have keyframes, in order."""
+        loose = await self.loose_hours(source_id)  # first: one that is packed meanwhile is then found twice
+        return sorted({*loose, *(pack.hour for pack in await self._packed.between(source_id))})
+
+    async def slots(self, source_id: str, hour: int) -> NDArray[np.int64]:
+        """Return the slots of an hour that have a keyframe, ascending."""
+        loose = list(await asyncio.to_thread(self._files_of, source_id, hour))  # first, as above
+        packed = await self._packed.between(source_id, hour, hour)
+        return np.unique(np.concatenate([np.array(loose, np.int64), *(pack.slots for pack in packed)]))
+
     async def loose_hours(self, source_id: str) -> list[int]:
         """Return the hours that have keyframes outside of packs, by a listing, and note what was not noted of them."""
         noted = await self._loose.read(source_id)

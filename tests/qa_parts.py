@@ -45,6 +45,7 @@ from qa_service.imports import Importer
 from qa_service.keys import RateLimit
 from qa_service.metrics import Metrics
 from qa_service.once import Once
+from qa_service.recomputing import Recomputing
 from qa_service.schemas import ModelBody, StreamProbe, StreamProbeRequest
 from qa_service.settings import ApiSettings, QASettings
 from qa_service.viewer import Viewer
@@ -59,6 +60,7 @@ from store.keyframes import Keyframes
 from store.leases import Leases
 from store.memory import Memory
 from store.moments import Moments
+from store.recomputations import Recomputations
 from store.segments import Segments
 from store.settings import StoreSettings
 from store.sizes import KeyframeHours, TokenHours
@@ -251,6 +253,14 @@ async def open_parts(
             folder=folder,
             max_bytes=api.max_import_bytes,
             max_hour_bytes=api.max_hour_bytes,
+        ),
+        recomputing=Recomputing(
+            reader,
+            sources,
+            Recomputations(redis),
+            Once(Idempotency(redis)),
+            model="small",
+            fingerprint=encoder.format.fingerprint,
         ),
         finder=Finder(reader, compressor, moments),
         questions=answerer,
