@@ -35,16 +35,22 @@ class ModelFacts:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """What a model made of n pictures: of the r that are `readable` (n,), tokens (r, C2, D) and vectors (r, P)."""
+    """What a model made of n pictures: of the r that are `readable` (n,), tokens (r, C2, D) and vectors (r, P).
 
+    `fingerprint` is that of the model: who keeps the tokens must not take them for another one's.
+    """
+
+    fingerprint: str
     readable: NDArray[np.bool_]
     tokens: NDArray[np.generic]
     vectors: NDArray[np.float32]
 
     @classmethod
     def join(cls, parts: Sequence["Encoded"]) -> "Encoded":
-        """Put at least one part behind the other."""
+        """Put at least one part behind the other. ValueError for parts of several models."""
+        [fingerprint] = {part.fingerprint for part in parts}
         return cls(
+            fingerprint,
             np.concatenate([part.readable for part in parts]),
             np.concatenate([part.tokens for part in parts]),
             np.concatenate([part.vectors for part in parts]),

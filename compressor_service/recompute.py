@@ -299,8 +299,11 @@ class Recomputer:
                     )
                 except FrameNotKept:
                     return None
-            parts.append(await self._eyes.encode(jpegs[:PASS_FRAMES]))
-            done, jpegs = done + len(jpegs[:PASS_FRAMES]), jpegs[PASS_FRAMES:]
+            made = await self._eyes.encode(jpegs[:PASS_FRAMES])
+            if made.fingerprint != self._timeline.format.fingerprint:  # in the middle of an upgrade
+                raise SinkUnavailable("the compressor runs another model now; this service is about to be replaced")
+            parts.append(made)
+            done, jpegs = done + len(made.readable), jpegs[PASS_FRAMES:]
         made, looked = Encoded.join(parts), slots[:done]
         kept = looked[made.readable]
         rows = Hour(slots=kept, tokens=made.tokens, vectors=made.vectors, times=await self._times(work.source, kept))

@@ -152,11 +152,11 @@ class FrameWriter:
                 pictures.append(self._encoder.decode(keyframe))
             except BadPicture:
                 readable[place] = False
-        if pictures:
-            return Encoded(readable, *self._encoder.encode_decoded(pictures))
         format = self._encoder.format
+        if pictures:
+            return Encoded(format.fingerprint, readable, *self._encoder.encode_decoded(pictures))
         no_tokens = np.empty((0, *format.token_shape), format.numpy_dtype)
-        return Encoded(readable, no_tokens, np.empty((0, format.vector_width), np.float32))
+        return Encoded(format.fingerprint, readable, no_tokens, np.empty((0, format.vector_width), np.float32))
 
 
 def _newest_epochs(frames: Sequence[Frame]) -> dict[str, int]:

@@ -139,8 +139,11 @@ class RangeReader:
         present = await self._timeline.slots(source.id, start, end)
         expected_end, note = await self._expected_end(source, start, end, present)
         recorded = await self._sources.gaps(source.id, start, expected_end)
-        runs = _absent_runs(present, start, expected_end)
+        elsewhere = np.setdiff1d(await self._timeline.seen_by_others(source.id, start, expected_end), present)
+        runs = _absent_runs(np.union1d(present, elsewhere), start, expected_end)
         gaps = _with_reasons(runs, recorded, await self._usual_reasons(source))
+        gaps += [Gap(start_slot=low, end_slot=high, reason="other_model") for low, high in _runs_of(elsewhere)]
+        gaps.sort(key=lambda gap: gap.start_slot)
         return Reading(source, start, expected_end, present, tuple(gaps), note)
 
     async def pictured(self, source: Source, slots: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -204,6 +207,12 @@ def _absent_runs(present: NDArray[np.int64], start: int, end: int) -> list[tuple
     edges = np.concatenate(([start - 1], present, [end]))
     holes = np.flatnonzero(np.diff(edges) > 1)
     return [(int(edges[hole]) + 1, int(edges[hole + 1])) for hole in holes]
+
+
+def _runs_of(slots: NDArray[np.int64]) -> list[tuple[int, int]]:
+    """Return ascending slots as runs [first, behind)."""
+    parts = np.split(slots, np.flatnonzero(np.diff(slots) > 1) + 1)
+    return [(int(part[0]), int(part[-1]) + 1) for part in parts if len(part)]
 
 
 def _with_reasons(runs: Sequence[tuple[int, int]], recorded: Sequence[Gap], usual: Sequence[Gap]) -> list[Gap]:

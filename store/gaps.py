@@ -8,7 +8,7 @@ from redis.asyncio import Redis
 
 from store.leases import lease_key
 
-GapReason = Literal["stream_down", "decode_error", "shed", "not_registered", "erased", "expired"]
+GapReason = Literal["stream_down", "decode_error", "shed", "not_registered", "erased", "expired", "other_model"]
 # Where records overlap the first of these speaks: what is gone is gone whatever was wrong with it before.
 PRECEDENCE: tuple[GapReason, ...] = ("erased", "expired", "not_registered", "stream_down", "decode_error", "shed")
 _LASTING: frozenset[GapReason] = frozenset({"erased", "expired"})

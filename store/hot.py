@@ -247,6 +247,12 @@ async def _blocks(redis: Redis, keys: TimelineKeys, start: int | None, end: int 
     return [int(number) for number in numbers]
 
 
+async def formats_of(redis: Redis, source_id: str) -> list[TokenFormat]:
+    """Return the formats in which tokens of the source are kept, one for each model that saw it."""
+    formats: dict[Any, Any] = await redis.hgetall(formats_key(source_id))
+    return [TokenFormat.model_validate_json(raw) for raw in formats.values()]
+
+
 async def has_tokens(redis: Redis, source_id: str) -> bool:
     """Return whether any model's tokens of the source were ever kept and not wholly erased."""
     return bool(await redis.exists(formats_key(source_id)))

@@ -12,9 +12,9 @@ from redis.exceptions import ResponseError
 
 from store.connection import StoreUnavailable
 from store.erasures import Erasures
-from store.format import TokenFormat
+from store.hot import formats_of
 from store.keyframes import Keyframes
-from store.keys import erased_key, formats_key
+from store.keys import erased_key
 from store.segments import Segments
 from store.timeline import NOTHING_ERASED, ErasedFrames, Timeline
 
@@ -47,8 +47,8 @@ class Memory:
 
     async def timelines(self, source_id: str) -> Sequence[Timeline]:
         """Return the timelines of a source, one for each model that saw it."""
-        formats = await self._redis.hgetall(formats_key(source_id))
-        return [Timeline(self._redis, TokenFormat.model_validate_json(raw), self._segments) for raw in formats.values()]
+        formats = await formats_of(self._redis, source_id)
+        return [Timeline(self._redis, format, self._segments) for format in formats]
 
     async def erase(self, source_id: str, start: int | None = None, end: int | None = None) -> Erased:
         """Erase the slots [start, end) for good; None leaves a side unbounded."""

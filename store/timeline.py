@@ -16,7 +16,7 @@ from redis.asyncio import Redis
 
 from store.connection import StoreUnavailable
 from store.format import BLOCKS_PER_HOUR, HOUR_SLOTS, TIME_DTYPE, VECTOR_DTYPE, TokenFormat, hours_of
-from store.hot import Entry, FrameNotKept, HotTimeline
+from store.hot import Entry, FrameNotKept, HotTimeline, formats_of
 from store.hour_files import HourFileGone
 from store.keys import BLOCK_MARK, SEALED_MARK
 from store.sealed import SealedHours
@@ -54,6 +54,7 @@ class Timeline:
 
     def __init__(self, redis: Redis, format: TokenFormat, segments: Segments) -> None:
         self.format = format
+        self._redis = redis
         self._hot = HotTimeline(redis, format)
         self._sealed = SealedHours(redis, format)
         self._segments = segments
@@ -81,6 +82,14 @@ class Timeline:
             return hot
         slots = np.unique(np.concatenate([hot, *(manifest.slots for manifest in sealed)]))
         return slots[slice(*np.searchsorted(slots, [start, end]))]
+
+    async def seen_by_others(self, source_id: str, start: int, end: int) -> NDArray[np.int64]:
+        """Return the slots of [start, end) of which tokens of other models are kept, ascending."""
+        found = [np.empty(0, np.int64)]
+        for format in await formats_of(self._redis, source_id):
+            if format.fingerprint != self.format.fingerprint:
+                found.append(await Timeline(self._redis, format, self._segments).slots(source_id, start, end))
+        return np.unique(np.concatenate(found))
 
     async def present(self, source_id: str, start: int, end: int) -> NDArray[np.bool_]:
         """Return for each slot of [start, end) whether its frame is kept, (end - start,)."""

@@ -10,7 +10,7 @@ import pytest
 from compressor_service.encoder import Encoder
 from compressor_service.recompute import Recomputer
 from deploy.cli import run_command
-from qa_service.clock import write_stream_time
+from qa_service.clock import parse_stream_time, write_stream_time
 from qa_service.recomputing import BEGINS_WITHIN_S
 from qa_service.settings import ApiSettings
 from store.format import HOUR_SLOTS
@@ -77,6 +77,29 @@ async def test_what_is_asked_for_is_done_in_the_background_and_shown(parts, clie
     assert listed == {"object": "list", "data": [shown], "has_more": False, "next_cursor": None}
     picture = await client.get(f"/v1/sources/{video.id}/frames/3")
     assert (picture.status_code, picture.headers["X-Frame-Time"]) == (200, "3.25")
+
+
+async def test_until_then_what_another_model_saw_is_a_gap_that_says_so(parts, client, place, old):
+    stream = await place.stream()
+    base = int(parts.now) - 3 * HOUR_SLOTS
+    await place.see(old, stream.id, [base + slot for slot in (0, 1, 2, 5)])
+    await parts.keep(stream.id, [base + 1])
+    times = {"start": write_stream_time(base), "end": write_stream_time(base + 6)}
+
+    async def gaps() -> list[tuple[int, str]]:
+        shown = (await client.get(f"/v1/sources/{stream.id}/timeline", params=times)).json()["gaps"]
+        return [(int(parse_stream_time(gap["start"])) - base, gap["reason"]) for gap in shown]
+
+    before_it_was_registered = (3, "not_registered")
+    assert await gaps() == [(0, "other_model"), (2, "other_model"), before_it_was_registered, (5, "other_model")]
+    asked = {"question": "what is there?", "sources": [{"stream_id": stream.id, "start": times["start"]}]}
+    asked["sources"][0]["end"] = write_stream_time(base + 1)
+    empty = await client.post("/v1/questions", json=asked)
+    assert code(empty) == (422, "empty_range")
+    assert [gap["reason"] for gap in empty.json()["error"]["details"]["sources"][0]["gaps"]] == ["other_model"]
+    await client.post("/v1/recomputations", json={})
+    await work(recomputer(parts))
+    assert await gaps() == [before_it_was_registered]
 
 
 async def test_without_sources_everything_is_meant(parts, client, place, old):

@@ -352,6 +352,19 @@ async def test_what_stands_in_the_way_is_told_and_tried_again(place, old, new):
     assert (done.status, done.reason, done.total.done) == ("done", None, len(SLOTS))
 
 
+async def test_what_another_model_makes_is_never_kept_for_the_running_one(place, old, new):
+    """In an upgrade the compressor may be replaced before those who call it."""
+    video = await place.video(old, SLOTS)
+    job = await place.ask(new, video.id)
+    recomputer = place.recomputer(new)
+    recomputer._eyes = place.writer(old)
+    await work(recomputer)
+    told = await place.jobs.get(job.id)
+    assert (told.status, told.total.done) == ("running", 0)
+    assert "another model" in told.reason
+    assert await place.slots(new, video.id) == []
+
+
 async def test_a_damaged_pack_holds_up_its_own_hour_alone(place, old, new):
     video = await place.video(old, SLOTS)
     assert await place.keyframes.pack(video.id, 0)
