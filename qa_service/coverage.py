@@ -140,6 +140,9 @@ class RangeReader:
         expected_end, note = await self._expected_end(source, start, end, present)
         recorded = await self._sources.gaps(source.id, start, expected_end)
         elsewhere = np.setdiff1d(await self._timeline.seen_by_others(source.id, start, expected_end), present)
+        for gap in recorded:
+            if gap.reason == "decode_error":  # its picture was looked at again, in vain
+                elsewhere = elsewhere[(elsewhere < gap.start_slot) | (elsewhere >= gap.end_slot)]
         runs = _absent_runs(np.union1d(present, elsewhere), start, expected_end)
         gaps = _with_reasons(runs, recorded, await self._usual_reasons(source))
         gaps += [Gap(start_slot=low, end_slot=high, reason="other_model") for low, high in _runs_of(elsewhere)]
