@@ -15,6 +15,7 @@ from store.counters import Counters
 from store.gaps import Gaps
 from store.keyframes import Keyframes
 from store.leases import Leases
+from store.room import Room
 from store.segments import Segments
 from store.timeline import Timeline
 
@@ -30,7 +31,13 @@ class CompressorService:
     """Looks at frames and remembers them; looks again when a question asks for it."""
 
     def __init__(
-        self, checkpoint: str, dtype: "Dtype", settings: CompressorSettings, redis_url: str, segments_url: str
+        self,
+        checkpoint: str,
+        dtype: "Dtype",
+        settings: CompressorSettings,
+        redis_url: str,
+        segments_url: str,
+        room: Room,
     ) -> None:
         # Here, because every process that names this class imports the module, and only its replicas need torch.
         from compressor_service.encoder import Encoder
@@ -46,13 +53,14 @@ class CompressorService:
             Leases(redis),
             Gaps(redis),
             Counters(redis),
+            room=room,
             frames_per_pass=settings.max_batch_frames,
         )
         self._gather.set_max_batch_size(settings.max_batch_frames)  # type: ignore[attr-defined]
         self._gather.set_batch_wait_timeout_s(settings.batch_wait_s)  # type: ignore[attr-defined]
 
     async def put(self, frames: Sequence[Frame]) -> Receipt:
-        """Remember frames of any sources; they are durable on return. Raises StoreUnavailable."""
+        """Remember frames of any sources; they are durable on return. Raises StoreUnavailable and StoreFull."""
         size = self._max_batch_frames
         lost: frozenset[str] = frozenset()
         # One after the other: a source is resumed behind its last slot, so no slot may be kept before those before it.

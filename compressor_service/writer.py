@@ -1,5 +1,6 @@
 """Frames of many sources, looked at together and then remembered; and looked at again for a question. No Ray."""
 
+import asyncio
 import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from store.gaps import Gap, Gaps
 from store.hot import Entry
 from store.keyframes import Keyframes
 from store.leases import Leases
+from store.room import Room
 from store.timeline import Timeline
 
 _log = logging.getLogger(__name__)
@@ -44,6 +46,7 @@ class FrameWriter:
         gaps: Gaps,
         counters: Counters,
         *,
+        room: Room,
         frames_per_pass: int,
     ) -> None:
         self._encoder = encoder
@@ -52,6 +55,7 @@ class FrameWriter:
         self._leases = leases
         self._gaps = gaps
         self._counters = counters
+        self._room = room
         self._frames_per_pass = frames_per_pass
         self._device = Device()
 
@@ -59,8 +63,10 @@ class FrameWriter:
         """Keep the frames of several requests; they are durable on return.
 
         A frame whose picture cannot be read is logged and recorded as a gap; the others are kept.
-        Raises StoreUnavailable, and SinkUnavailable when the device fails: the frames may be sent again after both.
+        Raises StoreUnavailable, StoreFull before anything is looked at, and SinkUnavailable when the device fails: the
+        frames may be sent again after all of them.
         """
+        await asyncio.to_thread(self._room.check)
         frames = [frame for request in requests for frame in request]
         newest = _newest_epochs(frames)
         try:

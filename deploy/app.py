@@ -63,6 +63,7 @@ from store.leases import Leases
 from store.memory import Memory
 from store.moments import Found, Moments, Span
 from store.recomputations import Recomputations
+from store.room import Room
 from store.segments import Segments
 from store.sizes import KeyframeHours, TokenHours
 from store.sources import Sources
@@ -76,6 +77,7 @@ APPLICATION = "tokenline"
 DTYPE: Final = "bfloat16"  # of the published weights
 PUBLISHED: Final = "ICTNLP/llava-mini-llama-3.1-8b"
 HEALTH_PERIOD_S = 5
+READY_KEY = "ready"
 LOOKS_AT_ONCE = 4  # a process each, beside those of the cameras
 
 
@@ -146,7 +148,9 @@ class Ingest:
         self._desk = StoreDesk(_sources(settings, redis), Leases(redis), timeline, settings.ingest.lease_s)
         uploads = settings.store.uploads_dir
         await asyncio.to_thread(uploads.mkdir, parents=True, exist_ok=True)
-        self._service = IngestService(settings.ingest, self._desk, sink, uploads)
+        self._service = IngestService(
+            settings.ingest, self._desk, sink, uploads, spare_bytes=settings.store.spare_bytes
+        )
         self._sandbox = Sandbox(settings.ingest)
         self._looking = asyncio.Semaphore(LOOKS_AT_ONCE)
         await self._service.start()
@@ -269,6 +273,7 @@ class Gateway:
                 memory,
                 Idempotency(redis),
                 uploads=uploads,
+                room=settings.store.room,
                 max_upload_bytes=settings.api.max_upload_bytes,
                 check_camera_url=addresses.camera,
                 check_download_url=addresses.download,
@@ -285,6 +290,7 @@ class Gateway:
                 keyframes,
                 side_px=facts.input_size_px,
                 folder=uploads,
+                room=settings.store.room,
                 max_bytes=settings.api.max_import_bytes,
                 max_hour_bytes=settings.api.max_hour_bytes,
             ),
@@ -300,7 +306,10 @@ class Gateway:
             questions=questions,
             describe=questions.describe,
             feed=Feed(Events(redis), ping_s=settings.api.sse_ping_s),
-            readiness=Readiness(_probes(redis, keyframes, compressor, questions, ingest), settings.api.probe_timeout_s),
+            readiness=Readiness(
+                _probes(redis, keyframes, settings.store.room, compressor, questions, ingest),
+                settings.api.probe_timeout_s,
+            ),
             metrics=Metrics(sources, counters, TokenHours(redis), KeyframeHours(redis)),
             counters=counters,
             rate=None
@@ -376,14 +385,14 @@ class FirstLook:
 
 
 def _probes(
-    redis: StoreRedis, keyframes: Keyframes, compressor: Handle, questions: RemoteQuestions, ingest: Handle
+    redis: StoreRedis, keyframes: Keyframes, room: Room, compressor: Handle, questions: RemoteQuestions, ingest: Handle
 ) -> dict[str, Any]:
-    async def store_answers() -> None:
-        await redis.ping()
+    async def store_takes() -> None:  # written, for a Redis that is full still reads
+        await redis.set(READY_KEY, 1, px=1000)
 
     async def segments_take() -> None:
-        if not await keyframes.writable():
-            raise StoreUnavailable("keyframes cannot be written")
+        await asyncio.to_thread(room.check)
+        await keyframes.check_writable()
 
     async def compressor_looks() -> None:
         with plain_errors("compressor"):
@@ -397,7 +406,7 @@ def _probes(
             await ingest.ping.remote()
 
     return {
-        "redis": store_answers,
+        "redis": store_takes,
         "segments": segments_take,
         "compressor": compressor_looks,
         "qa": model_answers,
@@ -446,6 +455,7 @@ def build(settings: Settings) -> Application:
         settings.compressor,
         redis_url,
         settings.store.segments_root,
+        settings.store.room,
     )
     search = deploy(Search, "search", serving.search).bind(settings, compressor)
     qa = deploy(QA, "qa", serving.qa).bind(settings, compressor, search)

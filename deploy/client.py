@@ -278,10 +278,11 @@ _EVENTS: Mapping[str, type[Created | Delta | Cited | Completed]] = {
 
 
 class Health(_Read):
-    """Whether the service can take questions, and the state of each of its parts."""
+    """Whether the service can take questions, the state of each of its parts, and what to do about those in trouble."""
 
     ready: bool
     parts: dict[str, Any]
+    advice: dict[str, str] = {}
 
 
 class Model(_Read):
@@ -631,7 +632,7 @@ class Client:
         if response.status_code not in (200, 503):
             _check(response)
         body = _object(response)
-        return Health(ready=response.status_code == 200, parts=body.get("parts", body))
+        return Health(ready=response.status_code == 200, parts=body.get("parts", body), advice=body.get("advice", {}))
 
     def _create(self, path: str, **request: Any) -> dict[str, Any]:
         return self._json("POST", path, headers={"Idempotency-Key": uuid.uuid4().hex}, **request)

@@ -167,6 +167,8 @@ def print_health(health: Health) -> None:
     """Print the state of every part of the service."""
     rows = [(name, part if isinstance(part, str) else json.dumps(part)) for name, part in health.parts.items()]
     _print_table(("part", "state"), rows, none="")
+    for name, advice in health.advice.items():
+        print(f"{name}: {printable(advice)}")
     print("ready" if health.ready else "not ready")
 
 

@@ -26,7 +26,7 @@ from compressor_service.facts import SearchUnavailable as NoTextHalf
 from ingest.address import BadUrl as BadAddress
 from ingest.assignment import Camera
 from ingest.camera import CameraAuthFailed, CameraFacts, CameraFault, CameraTimeout
-from ingest.frame import Frame, Receipt, SinkUnavailable
+from ingest.frame import Frame, Receipt, SinkFull, SinkUnavailable
 from qa_service.errors import (
     BadUrl,
     ModelLoading,
@@ -39,6 +39,7 @@ from qa_service.errors import (
     UnsupportedMedia,
 )
 from qa_service.schemas import AnswerEvent, ModelBody, Question, StreamProbe, StreamProbeRequest
+from store.connection import StoreFull
 from store.moments import Found, Span
 
 logger = logging.getLogger(__name__)
@@ -144,6 +145,8 @@ def _as_sink() -> Iterator[None]:
     """Tell ingest of everything that may pass by itself in the one way it knows: it sends the frames again."""
     try:
         yield
+    except StoreFull as error:
+        raise SinkFull(str(error)) from None
     except (QueueFull, ScalingUp, ConnectionError) as error:
         raise SinkUnavailable(str(error)) from None
     except RayError as error:  # a node that died on the way, and whatever else Ray may suffer

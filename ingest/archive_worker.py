@@ -13,7 +13,7 @@ from ingest.address import AddressPolicy, BadUrl
 from ingest.archive import ArchiveLimits, ArchiveReader, UnsupportedMedia
 from ingest.assignment import Archive, Assignment, Missing
 from ingest.backoff import Backoff
-from ingest.download import Downloader, DownloadFailed, DownloadTooLarge
+from ingest.download import Downloader, DownloadFailed, DownloadTooLarge, NoRoom
 from ingest.exchange import ArchiveNews
 from ingest.frame import Frame
 from ingest.keyframe import KeyframeMaker
@@ -28,13 +28,16 @@ DOWNLOAD_TRIES = 4
 class ArchiveWorker:
     """Reads one file to its end, no faster than frames are taken: `take` is the consumer's side."""
 
-    def __init__(self, assignment: Assignment, settings: IngestSettings, size_px: int, upload_dir: Path) -> None:
+    def __init__(
+        self, assignment: Assignment, settings: IngestSettings, size_px: int, upload_dir: Path, spare_bytes: int
+    ) -> None:
         assert isinstance(assignment.media, Archive)
         self.assignment = assignment
         self._archive = assignment.media
         self._settings = settings
         self._size_px = size_px
         self._upload_dir = upload_dir
+        self._spare_bytes = spare_bytes
         self._changed = threading.Condition()
         self._halt = Event()
         self._thread: Thread | None = None
@@ -99,7 +102,7 @@ class ArchiveWorker:
         source_id = self.assignment.source_id
         try:
             error = self._bring_in()
-        except (UnsupportedMedia, BadUrl, DownloadFailed, DownloadTooLarge) as failure:
+        except (UnsupportedMedia, BadUrl, DownloadFailed, DownloadTooLarge, NoRoom) as failure:
             error = str(failure)
         except OSError as failure:  # its text holds the path
             error = f"the file could not be read or written: {failure.strerror}"
@@ -140,7 +143,12 @@ class ArchiveWorker:
             return
         settings = self._settings
         policy = AddressPolicy(settings.allowed_networks)
-        loader = Downloader(policy, max_bytes=settings.max_download_bytes, timeout_s=settings.download_timeout_s)
+        loader = Downloader(
+            policy,
+            max_bytes=settings.max_download_bytes,
+            spare_bytes=self._spare_bytes,
+            timeout_s=settings.download_timeout_s,
+        )
         backoff = Backoff(settings.backoff_min_s, settings.backoff_max_s)
         for tries_left in reversed(range(DOWNLOAD_TRIES)):
             try:

@@ -6,7 +6,7 @@ from typing import Literal, Protocol
 
 CameraState = Literal["connecting", "online", "degraded", "reconnecting", "auth_failed"]
 ArchiveStatus = Literal["processing", "ready", "failed"]
-MissingReason = Literal["stream_down", "decode_error", "shed"]
+MissingReason = Literal["stream_down", "decode_error", "shed", "store_full"]
 
 
 @dataclass(frozen=True, slots=True)

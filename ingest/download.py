@@ -1,6 +1,7 @@
 """Archives fetched over HTTP into the upload folder."""
 
 import asyncio
+import shutil
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -31,24 +32,37 @@ class DownloadTooLarge(ValueError):
     """The file is larger than allowed."""
 
 
-class Downloader:
-    """Fetches one file. Every address, also of a redirect, is checked, and exactly the checked one is connected to."""
+class NoRoom(OSError):
+    """The disk has no room for the file."""
 
-    def __init__(self, policy: AddressPolicy, *, max_bytes: int, timeout_s: float) -> None:
+    def __init__(self) -> None:
+        super().__init__(
+            "there is no room on the disk of the service for the file; add the video again when there is some"
+        )
+
+
+class Downloader:
+    """Fetches one file. Every address, also of a redirect, is checked, and exactly the checked one is connected to.
+
+    `spare_bytes` of the disk stay free.
+    """
+
+    def __init__(self, policy: AddressPolicy, *, max_bytes: int, spare_bytes: int, timeout_s: float) -> None:
         self._policy = policy
         self._max_bytes = max_bytes
+        self._spare_bytes = spare_bytes
         self._timeout_s = timeout_s
 
     def fetch(self, url: str, target: Path, halt: Event) -> bool:
         """Write the file to `target`, whole or not at all; False when halted. Blocks, outside of any event loop.
 
-        Raises BadUrl, DownloadFailed, DownloadTooLarge, OSError when the disk refuses.
+        Raises BadUrl, DownloadFailed, DownloadTooLarge, NoRoom, OSError when the disk refuses otherwise.
         """
         # A name of its own: the thread of a former owner may still be at its last chunk of the same file.
         part = target.with_name(f"{target.name}.{uuid4().hex}.part")
         try:
             with part.open("wb") as file:
-                is_whole = asyncio.run(self._receive(url, file, halt))
+                is_whole = asyncio.run(self._receive(url, file, target.parent, halt))
             if is_whole:
                 part.replace(target)
             return is_whole
@@ -61,11 +75,12 @@ class Downloader:
         finally:
             part.unlink(missing_ok=True)
 
-    async def _receive(self, url: str, file: IO[bytes], halt: Event) -> bool:
+    async def _receive(self, url: str, file: IO[bytes], folder: Path, halt: Event) -> bool:
         # Proxies from the environment would resolve names themselves, past the check.
         client = httpx.AsyncClient(trust_env=False, follow_redirects=False, timeout=self._timeout_s)
         async with client, self._response(client, url) as response:
             began, size = time.monotonic(), 0
+            self._check_room(folder, int(response.headers.get("content-length", "0")))
             async for chunk in response.aiter_bytes():  # as they come: a slow server must not hide the halt
                 if halt.is_set():
                     return False
@@ -73,6 +88,7 @@ class Downloader:
                 self._check_size(size)
                 if time.monotonic() - began > self._timeout_s + size / SLOWEST_BYTES_PER_S:
                     raise DownloadFailed(f"the server of the file sends less than {SLOWEST_BYTES_PER_S} bytes a second")
+                self._check_room(folder, len(chunk))
                 file.write(chunk)
         return True
 
@@ -109,6 +125,10 @@ class Downloader:
             headers={"Host": named.netloc.decode("ascii"), "Accept-Encoding": "identity"},
             extensions={"sni_hostname": host},
         )
+
+    def _check_room(self, folder: Path, size: int) -> None:
+        if shutil.disk_usage(folder).free - size < self._spare_bytes:
+            raise NoRoom
 
     def _check_size(self, size: int) -> None:
         if size > self._max_bytes:

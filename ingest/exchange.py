@@ -19,11 +19,15 @@ class _Message(BaseModel):
 
 
 class Setup(_Message):
-    """The first message: what holds for all sources. `upload_dir` is the folder of recorded files."""
+    """The first message: what holds for all sources.
+
+    `upload_dir` is the folder of recorded files, `spare_bytes` of its disk stay free.
+    """
 
     settings: IngestSettings
     size_px: int
     upload_dir: str
+    spare_bytes: NonNegativeInt
 
 
 class Request(_Message):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar
 
-from ingest.assignment import ArchiveReport, Assignment, CameraReport, Damage, Missing
+from ingest.assignment import ArchiveReport, Assignment, CameraReport, Damage, Missing, MissingReason
 from ingest.backoff import HourCount
 from ingest.exchange import ArchiveNews, CameraNews, SourceNews
 from ingest.frame import Frame
@@ -19,7 +19,7 @@ ARCHIVE_TRIES = 3  # of a file whose process dies, without one more frame in bet
 class Feed(ABC):
     """One source. Two sides use it, each from its own thread.
 
-    The service takes frames and says what became of them: `take`, `settled`, `shed`, `take_missing`,
+    The service takes frames and says what became of them: `take`, `settled`, `shed`, `note_full`, `take_missing`,
     `give_back`, `report`. The
     process that reads brings what is new: `room`, `bring`, `take_shed`, `interrupt`.
     """
@@ -57,6 +57,10 @@ class Feed(ABC):
     def shed(self, frames: Sequence[Frame]) -> None:
         """Note that frames taken before are given up."""
 
+    @abstractmethod
+    def note_full(self, advice: str) -> None:
+        """Note that frames taken before find no room, and what to do about it; the next that are settled end it."""
+
     def take_missing(self) -> list[Missing]:
         """Remove and return the slots known to stay empty since the last call."""
         with self._lock:
@@ -88,8 +92,21 @@ class Feed(ABC):
             for head, keyframe in zip(news.frames, keyframes, strict=True):
                 self._queue.append(Frame(source_id, head.slot, head.time_ms, keyframe, epoch))
                 self._last_slot = head.slot
-            self._missing += news.missing
+            for run in self._explained(news.missing):
+                self._add_missing(run)
             self._note(news)
+
+    def _add_missing(self, run: Missing) -> None:
+        """Join a run with the one before it: while nobody can be told, there are more and more of them."""
+        last = self._missing[-1] if self._missing else None
+        if last is not None and (last.end_slot, last.reason) == (run.start_slot, run.reason):
+            self._missing[-1] = replace(last, end_slot=run.end_slot)
+        else:
+            self._missing.append(run)
+
+    def _explained(self, missing: Sequence[Missing]) -> Sequence[Missing]:
+        """Say why slots are missing as far as it is known here; called with the lock held."""
+        return missing
 
     @abstractmethod
     def _note(self, news: SourceNews) -> None:
@@ -120,6 +137,8 @@ class CameraFeed(Feed):
         self._frames = HourCount()
         self._last_frame_at: float | None = None
         self._lag_s: float | None = None
+        self._full: tuple[float, str] | None = None  # since when, and what to do about it
+        self._shed_reason: MissingReason = "shed"
 
     @property
     def is_over(self) -> bool:
@@ -130,12 +149,18 @@ class CameraFeed(Feed):
             self._frames.add(now, len(frames))
             self._last_frame_at = frames[-1].time_ms / 1000
             self._lag_s = max(0.0, now - self._last_frame_at)
+            self._full = None
+
+    def note_full(self, advice: str) -> None:
+        with self._lock:
+            self._full = (time.time() if self._full is None else self._full[0], advice)
+            self._shed_reason = "store_full"
 
     def shed(self, frames: Sequence[Frame]) -> None:
         with self._lock:
             self._shed += [frame.slot for frame in frames]
             # Told from here: the process that read them counts them, but it may die before it says so.
-            self._missing += [Missing(frame.slot, frame.slot + 1, "shed") for frame in frames]
+            self._missing += [Missing(frame.slot, frame.slot + 1, self._shed_reason) for frame in frames]
 
     def take_shed(self) -> tuple[int, ...]:
         with self._lock:
@@ -151,10 +176,13 @@ class CameraFeed(Feed):
     def report(self, now: float) -> CameraReport:
         with self._lock:
             news = self._news
+            state, reason, since = news.state, news.reason, news.since
+            if self._full is not None and state in ("online", "degraded"):
+                state, since, reason = "degraded", self._full[0], f"frames are not kept: {self._full[1]}"
             return CameraReport(
-                state=news.state,
-                reason=news.reason,
-                since=news.since,
+                state=state,
+                reason=reason,
+                since=since,
                 last_frame_at=self._last_frame_at,
                 lag_s=self._lag_s,
                 reconnects_1h=news.reconnects_1h,
@@ -167,6 +195,12 @@ class CameraFeed(Feed):
     def _note(self, news: SourceNews) -> None:
         assert isinstance(news.news, CameraNews)
         self._news = news.news
+
+    def _explained(self, missing: Sequence[Missing]) -> Sequence[Missing]:
+        told = [replace(run, reason=self._shed_reason) if run.reason == "shed" else run for run in missing]
+        if self._full is None and not any(run.reason == "shed" for run in missing):  # the queues have emptied since
+            self._shed_reason = "shed"
+        return told
 
 
 class ArchiveFeed(Feed):
@@ -206,6 +240,9 @@ class ArchiveFeed(Feed):
         with self._lock:
             self._in_flight -= len(frames)
             self._error = "the service could not take the pictures of the file"
+
+    def note_full(self, advice: str) -> None:
+        """Files wait as long as it takes, and lose nothing."""
 
     def interrupt(self, reason: str) -> None:
         with self._lock:

@@ -33,6 +33,10 @@ class SinkUnavailable(RuntimeError):
     """The sink cannot take frames now; the same frames may be sent again."""
 
 
+class SinkFull(SinkUnavailable):
+    """The sink has no room, until somebody makes some; the message says what to do."""
+
+
 class FrameSink(Protocol):
     """Where ingest sends frames."""
 

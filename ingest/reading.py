@@ -68,7 +68,9 @@ class Reading:
     def _open(self, assignment: Assignment, delay_s: float) -> None:
         setup = self._setup
         if isinstance(assignment.media, Archive):
-            archive = ArchiveWorker(assignment, setup.settings, setup.size_px, Path(setup.upload_dir))
+            archive = ArchiveWorker(
+                assignment, setup.settings, setup.size_px, Path(setup.upload_dir), setup.spare_bytes
+            )
             archive.start()
             self._workers[assignment.source_id] = archive
         else:

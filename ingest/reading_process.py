@@ -34,15 +34,21 @@ class ReadingProcesses:
     each: then only the guilty one goes on crashing.
     """
 
-    def __init__(self, settings: IngestSettings, upload_dir: Path) -> None:
+    def __init__(self, settings: IngestSettings, upload_dir: Path, spare_bytes: int = 0) -> None:
         self._settings = settings
         self._upload_dir = upload_dir
+        self._spare_bytes = spare_bytes
         self._lock = Lock()
         self._processes: list[ReadingProcess] = []
 
     def open(self, assignment: Assignment, size_px: int) -> Feed:
         """Begin to read a source; returns at once."""
-        setup = Setup(settings=self._settings, size_px=size_px, upload_dir=str(self._upload_dir))
+        setup = Setup(
+            settings=self._settings,
+            size_px=size_px,
+            upload_dir=str(self._upload_dir),
+            spare_bytes=self._spare_bytes,
+        )
         if isinstance(assignment.media, Archive):
             file = ArchiveFeed(assignment, self._settings.queue_frames)
             self._start(setup, [file])

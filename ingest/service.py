@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ingest.assignment import ArchiveReport, AssignmentDesk, CameraReport
 from ingest.feed import ArchiveFeed, CameraFeed, Feed
-from ingest.frame import Frame, FrameSink, Receipt, SinkUnavailable
+from ingest.frame import Frame, FrameSink, Receipt, SinkFull, SinkUnavailable
 from ingest.reading_process import ReadingProcesses
 from ingest.settings import IngestSettings
 
@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 STOP_PATIENCE_S = 5.0
 SINK_RETRY_S = 0.5
+FULL_RETRY_S = 5.0  # room does not come from one moment to the next
 UNEXPECTED_ERRORS_A_BATCH = 5
 
 
@@ -30,15 +31,23 @@ class IngestService:
 
     Three loops: leases, frames and reports. None of them waits for another, so a sink that is away costs neither the
     leases nor the reports: cameras shed their oldest frames meanwhile and archives wait.
-    `upload_dir` is the folder that archives are read from and downloaded to.
+    `upload_dir` is the folder that archives are read from and downloaded to; `spare_bytes` of its disk stay free.
     """
 
-    def __init__(self, settings: IngestSettings, desk: AssignmentDesk, sink: FrameSink, upload_dir: Path) -> None:
+    def __init__(
+        self,
+        settings: IngestSettings,
+        desk: AssignmentDesk,
+        sink: FrameSink,
+        upload_dir: Path,
+        *,
+        spare_bytes: int = 0,
+    ) -> None:
         self._settings = settings
         self._desk = desk
         self._sink = sink
         self._owner = f"ing_{uuid.uuid4().hex[:12]}"
-        self._processes = ReadingProcesses(settings, upload_dir)
+        self._processes = ReadingProcesses(settings, upload_dir, spare_bytes)
         self._feeds: dict[str, Feed] = {}
         self._reported: dict[str, tuple[str, float]] = {}
         self._troubles: dict[str, str] = {}  # what fails just now, and with what error: told once, not at every try
@@ -161,8 +170,14 @@ class IngestService:
             await self._guarded("telling gaps", partial(self._tell_missing, feed))
         errors = 0
         while batch:
+            pause_s = SINK_RETRY_S
             try:
                 receipt = await self._sink.put(batch)
+            except SinkFull as error:
+                self._note_trouble("sending frames", error)
+                pause_s = FULL_RETRY_S
+                for feed in self._feeds.values():
+                    feed.note_full(str(error))
             except SinkUnavailable as error:
                 self._note_trouble("sending frames", error)
             except Exception:
@@ -179,7 +194,7 @@ class IngestService:
             if errors >= UNEXPECTED_ERRORS_A_BATCH:
                 await self._put_apart(batch)
                 return
-            await self._pause(SINK_RETRY_S)
+            await self._pause(pause_s)
             batch = [frame for frame in batch if self._epoch(frame.source_id) == frame.epoch]
 
     async def _put_apart(self, batch: list[Frame]) -> None:

@@ -38,6 +38,7 @@ from qa_service.upload import Upload, receive_form
 from qa_service.validation import refusal
 from store.idempotency import Idempotency
 from store.memory import Memory
+from store.room import Room
 from store.sources import (
     Damage,
     KeyframesOutlive,
@@ -69,6 +70,7 @@ class SourceControl:
         idempotency: Idempotency,
         *,
         uploads: Path,
+        room: Room,
         max_upload_bytes: int,
         check_camera_url: AddressCheck,
         check_download_url: AddressCheck,
@@ -79,6 +81,7 @@ class SourceControl:
         self._memory = memory
         self._once = Once(idempotency)
         self._uploads = uploads
+        self._room = room
         self._max_upload_bytes = max_upload_bytes
         self._check_camera_url = check_camera_url
         self._check_download_url = check_download_url
@@ -205,7 +208,7 @@ class SourceControl:
         target = self._uploads / name
         kept = False
         try:
-            upload = await receive_form(content_type, chunks, target, self._max_upload_bytes)
+            upload = await receive_form(content_type, chunks, target, self._max_upload_bytes, self._room)
             form = _video_form(upload.fields)
 
             async def create() -> VideoBody:

@@ -11,7 +11,7 @@ from typing import Any
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from store.connection import StoreUnavailable
+from store.connection import StoreFull, StoreUnavailable
 from store.events import BadEventId
 from store.hot import FrameNotKept
 from store.idempotency import IdempotencyConflict
@@ -182,6 +182,7 @@ class Reply:
 
 
 _STORE_AWAY = "The store cannot be reached now; ask again in a moment."
+_STORE_FULL = "The disk of the store is full: nothing new is kept until the operator makes room, what is kept is read."
 
 TABLE: Mapping[type[Exception], Reply] = {
     InvalidJson: Reply(400, "invalid_json"),
@@ -224,6 +225,7 @@ TABLE: Mapping[type[Exception], Reply] = {
     QueueFull: Reply(429, "queue_full"),
     ModelLoading: Reply(503, "model_loading"),
     ScalingUp: Reply(503, "scaling_up"),
+    StoreFull: Reply(503, "store_unavailable", _STORE_FULL),
     StoreUnavailable: Reply(503, "store_unavailable", _STORE_AWAY),
     RedisConnectionError: Reply(503, "store_unavailable", _STORE_AWAY),
     RedisTimeoutError: Reply(503, "store_unavailable", _STORE_AWAY),

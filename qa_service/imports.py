@@ -29,6 +29,7 @@ from store.format import HOUR_SLOTS, TokenFormat
 from store.imports import IDLE_S, ImportedTooMuch, Imports, NewImport
 from store.keyframes import Keyframes
 from store.portable import DamagedHour, max_frames_bytes, read_frames, read_keyframes
+from store.room import Room
 from store.sources import StreamExists
 from store.timeline import Timeline
 
@@ -56,6 +57,7 @@ class Importer:
         *,
         side_px: int,
         folder: Path,
+        room: Room,
         max_bytes: int,
         max_hour_bytes: int,
     ) -> None:
@@ -65,6 +67,7 @@ class Importer:
         self._keyframes = keyframes
         self._side_px = side_px
         self._folder = folder
+        self._disk = room
         self._max_bytes = max_bytes
         self._max_hour_bytes = max_hour_bytes
         self._room = asyncio.Semaphore(HOURS_AT_ONCE)
@@ -140,7 +143,7 @@ class Importer:
         await self._imports.go_on(source_id)
         target = self._folder / f"{uuid4().hex}.import"
         try:
-            size = await receive_body(chunks, target, max_bytes)
+            size = await receive_body(chunks, target, max_bytes, self._disk)
             async with self._room:
                 try:
                     new = await self._imports.go_on(source_id, size, self._max_bytes)

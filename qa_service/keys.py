@@ -15,6 +15,7 @@ from redis.asyncio import Redis
 
 from qa_service.errors import BadKey, MissingKey, RateLimited, ScopeMissing, SourceForbidden
 from qa_service.settings import ApiKey, Scope
+from store.connection import StoreFull, named_failures
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,12 @@ class RateLimit:
 
     async def count(self, caller: Caller) -> None:
         """Count one request. Raises RateLimited with the time to wait."""
-        if await self._window.hit(self._item, "key", caller.name):
+        try:
+            with named_failures():
+                is_free = await self._window.hit(self._item, "key", caller.name)
+        except StoreFull:  # questions go on while nothing can be written, and so nothing counted
+            return
+        if is_free:
             return
         stats = await self._window.get_window_stats(self._item, "key", caller.name)
         wait_s = max(1, math.ceil(stats.reset_time - time.time()))

@@ -823,4 +823,5 @@ class ModelList(Body):
 
 class Health(Body):
     status: Literal["ok", "unavailable"]
-    parts: dict[str, str] = Field(default_factory=dict)
+    parts: dict[str, str] = Field(default_factory=dict, description="ok, unavailable, timeout or full, by part.")
+    advice: dict[str, str] = Field(default_factory=dict, description="What to do about a part that is full, by part.")

@@ -1,7 +1,6 @@
 """A multipart upload straight from the socket to its place on disk, counted while it arrives."""
 
 import asyncio
-import errno
 import hashlib
 import re
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -14,6 +13,8 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from qa_service.errors import FileTooLarge, InvalidJson, StorageFull, ValidationFailed
+from store.connection import NO_ROOM, StoreFull
+from store.room import Room
 
 MAX_FIELD_BYTES = 4096
 MAX_FIELDS = 16
@@ -30,7 +31,9 @@ class Upload:
     fields: dict[str, str] = field(default_factory=dict)
 
 
-async def receive_form(content_type: str, chunks: AsyncIterator[bytes], target: Path, max_bytes: int) -> Upload:
+async def receive_form(
+    content_type: str, chunks: AsyncIterator[bytes], target: Path, max_bytes: int, room: Room
+) -> Upload:
     """Write the form's part `file` to `target` and return what else it held.
 
     Raises FileTooLarge as soon as more than `max_bytes` have come, InvalidJson for what is no form, ValidationFailed
@@ -52,8 +55,8 @@ async def receive_form(content_type: str, chunks: AsyncIterator[bytes], target: 
                 if form.size_bytes > max_bytes:
                     raise _too_large(max_bytes)
                 if len(form.pending) >= WRITE_BYTES:
-                    await asyncio.to_thread(_write, file, form)
-            await asyncio.to_thread(_write, file, form)
+                    await asyncio.to_thread(_write, file, form, room)
+            await asyncio.to_thread(_write, file, form, room)
     except FormParserError:
         raise InvalidJson("The multipart form is malformed.") from None
     if not form.complete:
@@ -63,7 +66,7 @@ async def receive_form(content_type: str, chunks: AsyncIterator[bytes], target: 
     return Upload(form.filename, form.digest.hexdigest(), form.size_bytes, form.fields)
 
 
-async def receive_body(chunks: AsyncIterator[bytes], target: Path, max_bytes: int) -> int:
+async def receive_body(chunks: AsyncIterator[bytes], target: Path, max_bytes: int, room: Room) -> int:
     """Write a body to `target` as it comes and return its size.
 
     Raises FileTooLarge as soon as more than `max_bytes` have come, StorageFull for a full disk. The caller removes
@@ -75,6 +78,7 @@ async def receive_body(chunks: AsyncIterator[bytes], target: Path, max_bytes: in
             total += len(chunk)
             if total > max_bytes:
                 raise FileTooLarge(f"The body has more than {max_bytes} bytes.", details={"max_bytes": max_bytes})
+            await asyncio.to_thread(room.check)
             await asyncio.to_thread(file.write, chunk)
     return total
 
@@ -84,8 +88,11 @@ def _full_disk_named() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StorageFull("There is no room for the upload now; tell the operator.", retry_after_s=60) from error
+        if isinstance(error, StoreFull) or error.errno in NO_ROOM:
+            raise StorageFull(
+                "There is no room for the upload now; tell the operator, and send it again when there is.",
+                retry_after_s=60,
+            ) from error
         raise
 
 
@@ -93,7 +100,8 @@ def _too_large(max_bytes: int) -> FileTooLarge:
     return FileTooLarge(f"The file has more than {max_bytes} bytes.", param="file", details={"max_bytes": max_bytes})
 
 
-def _write(file: IO[bytes], form: "_Form") -> None:
+def _write(file: IO[bytes], form: "_Form", room: Room) -> None:
+    room.check()
     form.digest.update(form.pending)
     file.write(form.pending)
     form.pending.clear()

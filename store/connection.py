@@ -1,6 +1,7 @@
 """The way to Redis: an address that is given, or a server of our own."""
 
 import asyncio
+import errno
 import fcntl
 import logging
 import os
@@ -33,7 +34,8 @@ OLDEST_SERVER = (6, 2)
 MAX_SOCKET_PATH = 100  # bytes; the kernel takes 108
 START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 60.0
-
+START_BYTES = 1 << 20  # free for the first files of a server, and more
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)  # what a full disk says, and one of which a user has had his share
 
 _REFUSALS = (failures.AuthenticationError, failures.AuthorizationError)
 _REFUSED = "Redis refuses the credentials; check user, password and rights in TOKENLINE_STORE__REDIS_URL"
@@ -41,6 +43,10 @@ _REFUSED = "Redis refuses the credentials; check user, password and rights in TO
 
 class StoreUnavailable(ConnectionError):
     """Redis cannot be reached or refuses to work; the same call may be repeated later."""
+
+
+class StoreFull(StoreUnavailable):
+    """Nothing more can be written until there is room; what is kept can be read."""
 
 
 @contextmanager
@@ -67,6 +73,10 @@ def named_failures() -> Iterator[None]:
         text = str(error)
         if isinstance(error, failures.OutOfMemoryError) or "OOM command" in text:
             raise StoreUnavailable("Redis is full; raise its maxmemory or shorten the streams' retention") from error
+        if "MISCONF" in text and any(os.strerror(number) in text for number in NO_ROOM):
+            raise StoreFull(
+                "the disk of Redis is full: nothing is written until there is room; make some, and it goes on by itself"
+            ) from error
         if "MISCONF" in text:
             raise StoreUnavailable("Redis cannot write to its disk; free space there and check its log") from error
         if text.startswith(("NOAUTH", "LOADING", "MASTERDOWN", "CLUSTERDOWN")):
@@ -122,7 +132,7 @@ def connect(url: str) -> StoreRedis:
             retry=Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), 3),
             socket_connect_timeout=5,
             socket_timeout=30,
-            health_check_interval=30,
+            health_check_interval=0,  # it asks with PING, which a server whose disk is full refuses, though it can read
             socket_read_size=1 << 20,
         )
     except ValueError:
@@ -138,7 +148,8 @@ def connect(url: str) -> StoreRedis:
 
 # The server must not outlive us, even if we are killed. PR_SET_PDEATHSIG would tie it to the thread that started it,
 # so a shell waits at the other end of a pipe: the kernel closes it with our process, and the shell stops the server.
-# The shell also starts a server again that a signal ended, such as the kernel's when memory runs out.
+# The shell also starts a server again that a signal ended, such as the kernel's when memory runs out, and removes what
+# that server had begun to rewrite: nobody else would.
 _WATCHED = """
 exec 3<&0
 stopping=
@@ -147,6 +158,7 @@ trap 'stopping=1; kill -TERM "$server" 2>/dev/null' TERM
 ( read -r _ <&3; kill -TERM $$ ) 2>/dev/null &
 watcher=$!
 while :; do
+  rm -f temp-*.aof temp-*.rdb
   "$@" 3<&- </dev/null &
   server=$!
   [ -n "$stopping" ] && kill -TERM "$server"
@@ -191,11 +203,12 @@ class EmbeddedRedis:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is ours to handle: the server must be the last to go
+            cwd=folder,
             pass_fds=(lock,),  # the folder stays locked for as long as the server lives
         )
         server = cls(process, f"unix://{quote(str(socket))}", lock, scratch)
         try:
-            server._wait_until_ready()
+            server._wait_until_ready(folder)
         except BaseException:
             server.stop()
             raise
@@ -229,13 +242,18 @@ class EmbeddedRedis:
     ) -> None:
         self.stop()
 
-    def _wait_until_ready(self) -> None:
+    def _wait_until_ready(self, folder: Path) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
         with blocking.Redis.from_url(self.url, retry=None) as client:
             while True:
                 if not self.running:
                     raise RuntimeError(
-                        "the embedded Redis ended at start; redis/server.log in the data folder says why"
+                        "the embedded Redis ended at start: "
+                        + (
+                            "the disk of the data folder is full; make room and start again"
+                            if shutil.disk_usage(folder).free < START_BYTES
+                            else "redis/server.log in the data folder says why"
+                        )
                     )
                 try:
                     client.ping()

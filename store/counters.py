@@ -1,8 +1,11 @@
 """Totals that outlive processes: frames kept, frames dropped, reconnects, questions."""
 
+from contextlib import suppress
 from typing import Any
 
 from redis.asyncio import Redis
+
+from store.connection import StoreFull
 
 _KEY = "counters"
 
@@ -14,8 +17,9 @@ class Counters:
         self._redis = redis
 
     async def bump(self, name: str, amount: int = 1) -> None:
-        """Add to a total, which begins at 0."""
-        await self._redis.hincrby(_KEY, name, amount)
+        """Add to a total, which begins at 0. Nothing is counted while the store is full: what is counted goes on."""
+        with suppress(StoreFull):
+            await self._redis.hincrby(_KEY, name, amount)
 
     async def counters(self) -> dict[str, int]:
         """Return all totals, by name."""

@@ -11,13 +11,15 @@ from pathlib import Path
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from store.connection import StoreUnavailable
+from store.connection import NO_ROOM, StoreFull, StoreUnavailable
 
 ERASE_TRIES = 5
 WRITE_ATTEMPTS = 10  # erasures remove empty folders; a write comes between them soon
 _UNUSABLE = (
-    "the files of the store cannot be read or written ({}); check TOKENLINE_STORE__SEGMENTS_URL, its permissions "
-    "and its free space"
+    "the files of the store cannot be read or written ({}); check TOKENLINE_STORE__SEGMENTS_URL and its permissions"
+)
+_FULL = (
+    "the disk of the store is full: make room, or shorten what streams keep; what could not be written is tried again"
 )
 _SOURCE_ID = re.compile(r"[A-Za-z0-9_-]+")  # a part of a path: nothing that leaves the root
 
@@ -25,7 +27,8 @@ _SOURCE_ID = re.compile(r"[A-Za-z0-9_-]+")  # a part of a path: nothing that lea
 class Files:
     """Reads and writes whole files and ranges of them.
 
-    Raises FileNotFoundError, and StoreUnavailable when the folder or the object store cannot be read or written.
+    Raises FileNotFoundError, StoreUnavailable when the folder or the object store cannot be read or written, and, of
+    those, StoreFull when it has no room.
     """
 
     def __init__(self, root_url: str) -> None:
@@ -136,15 +139,12 @@ class Files:
                     with suppress(OSError):
                         empty.rmdir()
 
-    def is_writable(self) -> bool:
-        """Return whether a file can be written and removed now."""
+    def check_writable(self) -> None:
+        """Write and remove a file. Raises StoreFull, or StoreUnavailable with what else stands in the way."""
         probe = f"{self._root}/.writable-{uuid.uuid4().hex}"
-        try:
-            self.write({probe: b"ok"})
+        self.write({probe: b"ok"})
+        with _named_failures():
             self._fs.rm_file(probe)
-        except OSError:  # StoreUnavailable is one
-            return False
-        return True
 
 
 def _content(found: bytes | Exception) -> bytes | None:
@@ -206,5 +206,7 @@ def _named_failures(*, is_reading: bool = False) -> Iterator[None]:
             raise
         raise StoreUnavailable(_UNUSABLE.format("the folder vanished")) from None
     except OSError as error:
+        if error.errno in NO_ROOM:
+            raise StoreFull(_FULL) from error
         reason = error.strerror or type(error).__name__
         raise StoreUnavailable(_UNUSABLE.format(reason)) from error

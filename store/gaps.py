@@ -8,9 +8,19 @@ from redis.asyncio import Redis
 
 from store.leases import lease_key
 
-GapReason = Literal["stream_down", "decode_error", "shed", "not_registered", "erased", "expired", "other_model"]
+GapReason = Literal[
+    "stream_down", "decode_error", "shed", "store_full", "not_registered", "erased", "expired", "other_model"
+]
 # Where records overlap the first of these speaks: what is gone is gone whatever was wrong with it before.
-PRECEDENCE: tuple[GapReason, ...] = ("erased", "expired", "not_registered", "stream_down", "decode_error", "shed")
+PRECEDENCE: tuple[GapReason, ...] = (
+    "erased",
+    "expired",
+    "not_registered",
+    "stream_down",
+    "decode_error",
+    "store_full",
+    "shed",
+)
 _LASTING: frozenset[GapReason] = frozenset({"erased", "expired"})
 
 

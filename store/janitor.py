@@ -81,7 +81,7 @@ class Janitor:
     async def sweep(self) -> SweepReport:
         """Erase and seal once what is due. StoreUnavailable if it could not be finished; the next sweep goes on.
 
-        Sealing comes last: on a disk that is full, the rest makes room for it.
+        Sealing comes last: on a disk that is full, the rest makes room for it. StoreFull if that was not enough.
         """
         everything = [kept for kept in await self._sources.everything() if not await self._is_coming(kept)]
         erased = Erased()
@@ -106,6 +106,7 @@ class Janitor:
             await self._memory.scrub()
         videos = [kept.source for kept in everything if isinstance(kept.source, Video) and not kept.purge]
         uploads = await asyncio.to_thread(self._erase_uploads, videos)
+        await asyncio.to_thread(self._settings.room.check)
         for source in stays:
             await self._recovery.note(source)
         sealed = sum([await self._seal(source) for source in stays])

@@ -193,9 +193,9 @@ class Keyframes:
         """Erase what is older than a slot and return how many; a packed hour goes as one, when all of it is older."""
         return await self._erase(source_id, None, before, None, before // HOUR_SLOTS * HOUR_SLOTS)
 
-    async def writable(self) -> bool:
-        """Return whether a file can be written and removed now."""
-        return await asyncio.to_thread(self._files.is_writable)
+    async def check_writable(self) -> None:
+        """Write and remove a file. Raises StoreFull, or StoreUnavailable with what else stands in the way."""
+        await asyncio.to_thread(self._files.check_writable)
 
     async def _read(self, source_id: str, packed: Sequence[Pack], slots: Sequence[int]) -> dict[int, bytes]:
         found: dict[int, bytes] = {}

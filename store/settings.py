@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, SecretStr
+
+from store.room import Room
 
 
 class StoreSettings(BaseModel):
@@ -52,6 +54,11 @@ class StoreSettings(BaseModel):
     upload_grace_s: PositiveFloat = Field(
         default=3600.0, description="An uploaded file that no video refers to is removed after so many seconds."
     )
+    spare_bytes: NonNegativeInt = Field(
+        default=256 << 20,
+        description="Free bytes on the disks of the store below which no frames, files and sealed hours are written: "
+        "leases, gaps and erasures need some.",
+    )
     moments_max_bytes: PositiveInt = Field(
         default=5 << 29,
         description="Memory that search shards of one replica may hold: 2.8 MB a sealed hour of a camera, twice as "
@@ -66,6 +73,13 @@ class StoreSettings(BaseModel):
     def segments_root(self) -> str:
         """The fsspec address under which segments and keyframes lie."""
         return self.segments_url if self.segments_url is not None else str(self.data_dir.resolve() / "segments")
+
+    @property
+    def room(self) -> Room:
+        """The disks of the data folder and, if they lie on one, of segments and keyframes."""
+        scheme, _, path = self.segments_root.rpartition("://")
+        local = (Path(path),) if scheme in ("", "file", "local") else ()
+        return Room((self.data_dir.resolve(), *local), self.spare_bytes)
 
     @property
     def uploads_dir(self) -> Path:

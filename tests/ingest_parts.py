@@ -22,7 +22,7 @@ import pytest
 from PIL import Image
 
 from ingest.assignment import Archive, ArchiveReport, Assignment, CameraReport, Missing
-from ingest.frame import Frame, Receipt, SinkUnavailable
+from ingest.frame import Frame, Receipt, SinkFull, SinkUnavailable
 from ingest.settings import IngestSettings
 
 LOCAL = ("127.0.0.0/8",)
@@ -256,7 +256,8 @@ class MemorySink:
         self.frames: list[Frame] = []
         self.batches: list[int] = []
         self.refused: frozenset[str] = frozenset()
-        self.is_away = False
+        self.is_away = self.is_full = False
+        self.refusals = 0
         self.gate = asyncio.Event()
         self.gate.set()
 
@@ -269,6 +270,9 @@ class MemorySink:
         await self.gate.wait()
         if self.is_away:
             raise SinkUnavailable("away")
+        if self.is_full:
+            self.refusals += 1
+            raise SinkFull("the disk is full; make room")
         self.batches.append(len(frames))
         self.frames += [frame for frame in frames if frame.source_id not in self.refused]
         return Receipt(lost=self.refused & {frame.source_id for frame in frames})

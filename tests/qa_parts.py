@@ -61,6 +61,7 @@ from store.leases import Leases
 from store.memory import Memory
 from store.moments import Moments
 from store.recomputations import Recomputations
+from store.room import Room
 from store.segments import Segments
 from store.settings import StoreSettings
 from store.sizes import KeyframeHours, TokenHours
@@ -176,6 +177,7 @@ async def open_parts(
     api: ApiSettings | None = None,
     dtype: Dtype = "float32",
     allowed_networks: tuple[str, ...] = (),
+    spare_bytes: int = 0,
 ) -> AsyncIterator[Parts]:
     qa, api = qa or QASettings(), api or ApiSettings()
     encoder = load_encoder(checkpoint, dtype)
@@ -183,7 +185,10 @@ async def open_parts(
     timeline = Timeline(redis, encoder.format, segments)
     keyframes = Keyframes(redis, str(folder / "segments"))
     sources = Sources(redis, Cipher.open(None, folder))
-    writer = FrameWriter(encoder, timeline, keyframes, Leases(redis), Gaps(redis), Counters(redis), frames_per_pass=8)
+    room = Room((folder,), spare_bytes)
+    writer = FrameWriter(
+        encoder, timeline, keyframes, Leases(redis), Gaps(redis), Counters(redis), room=room, frames_per_pass=8
+    )
     compressor = Compressor(writer)
     moments = Moments(timeline, StoreSettings(data_dir=folder))
     model, prompt = whole_model(checkpoint, dtype)
@@ -233,6 +238,7 @@ async def open_parts(
         memory,
         Idempotency(redis),
         uploads=folder / "uploads",
+        room=room,
         max_upload_bytes=api.max_upload_bytes,
         check_camera_url=addresses.camera,
         check_download_url=addresses.download,
@@ -251,6 +257,7 @@ async def open_parts(
             keyframes,
             side_px=encoder.input_size_px,
             folder=folder,
+            room=room,
             max_bytes=api.max_import_bytes,
             max_hour_bytes=api.max_hour_bytes,
         ),

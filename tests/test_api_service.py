@@ -16,7 +16,7 @@ from qa_service.health import Readiness
 from qa_service.keys import Keyring
 from qa_service.schemas import ErrorBody
 from qa_service.settings import ApiKey, ApiSettings
-from store.connection import EmbeddedRedis, connect
+from store.connection import EmbeddedRedis, StoreFull, connect
 from store.counters import Counters
 from tests.qa_parts import asked, open_parts, stream_range
 
@@ -257,12 +257,29 @@ async def test_readiness_names_the_part_that_hangs_and_asks_the_others():
     assert health.parts == {"redis": "ok", "qa": "timeout", "ingest": "unavailable"}
 
 
+async def test_readiness_says_what_to_do_about_a_part_that_is_full_and_logs_it_once(caplog):
+    room = ["make room"]
+
+    async def takes():
+        if room:
+            raise StoreFull(room[0])
+
+    readiness = Readiness({"segments": takes}, timeout_s=1)
+    for _ in range(3):
+        health = await readiness.check()
+        assert (health.status, health.parts) == ("unavailable", {"segments": "full"})
+        assert health.advice == {"segments": "make room"}
+    assert caplog.text.count("segments is full") == 1
+    room.clear()
+    assert (await readiness.check()).model_dump() == {"status": "ok", "parts": {"segments": "ok"}, "advice": {}}
+
+
 async def test_the_model_and_its_readiness_are_told(client):
     [model] = (await client.get("/v1/models")).json()["data"]
     assert model["object"] == "model"
     assert model["untrained"] is True
     assert "no meaning" in model["note"]
-    assert (await client.get("/v1/health/ready")).json() == {"status": "ok", "parts": {"redis": "ok"}}
+    assert (await client.get("/v1/health/ready")).json() == {"status": "ok", "parts": {"redis": "ok"}, "advice": {}}
 
 
 async def test_metrics_count_states_and_events(parts, client):

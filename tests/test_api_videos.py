@@ -3,9 +3,12 @@
 import httpx
 import pytest
 
+from qa_service.clock import write_stream_time
 from qa_service.settings import ApiSettings
+from store.connection import EmbeddedRedis, StoreFull, connect
 from tests.ingest_parts import real_clip
-from tests.qa_parts import open_parts
+from tests.qa_parts import asked, open_parts, stream_range
+from tests.small_disk import fill, make_room, small_disk
 
 LIMIT = 2_000_000
 
@@ -52,6 +55,60 @@ async def test_an_upload_is_kept_whole_and_registered(parts, client, clip):
     assert deleted.json() == {"id": video["id"], "deleted": True, "purged_frames": 0}
     assert left(parts) == []
     assert code(await client.get(f"/v1/videos/{video['id']}")) == (404, "video_not_found")
+
+
+async def test_an_upload_that_finds_no_room_is_refused_and_questions_go_on(redis, checkpoint, tmp_path, clip):
+    with small_disk(tmp_path / "disk", 16 * 2**20) as disk:
+        async with open_parts(redis, checkpoint, disk, spare_bytes=4 * 2**20) as parts, parts.client() as client:
+            stream, base = await parts.stream(range(3))
+            fill(disk, leave_bytes=3 * 2**20)
+            refused = await client.post("/v1/videos", files={"file": ("yard.mp4", clip)})
+            assert code(refused) == (503, "store_unavailable")
+            assert "room" in refused.json()["error"]["message"]
+            assert int(refused.headers["retry-after"]) >= 60
+            assert left(parts) == []
+            with pytest.raises(StoreFull):
+                await parts.keep(stream.id, [base + 3])
+            answer = await client.post("/v1/questions", json=asked(stream_range(stream, base, base + 4)))
+            assert answer.json()["coverage"]["frames_used"] == 3
+            make_room(disk)
+            assert (await client.post("/v1/videos", files={"file": ("yard.mp4", clip)})).status_code == 202
+
+
+async def test_what_is_kept_is_shown_and_asked_about_while_redis_can_write_nothing(checkpoint, tmp_path):
+    with small_disk(tmp_path / "disk", 16 * 2**20) as disk, EmbeddedRedis.start(disk) as server:
+        async with (
+            connect(server.url) as redis,
+            open_parts(redis, checkpoint, disk, api=ApiSettings(requests_per_minute=1000)) as parts,
+            parts.client() as client,
+        ):
+            stream, base = await parts.stream(range(3))
+            fill(disk)
+            while not isinstance(await written(redis), StoreFull):
+                pass
+            ask = asked(stream_range(stream, base, base + 3))
+            search = {"query": "a van", "sources": [stream_range(stream, base, base + 3)]}
+            for response in (
+                await client.post("/v1/questions", json=ask),
+                await client.post("/v1/search", json=search),
+                await client.get("/v1/streams"),
+                await client.get(f"/v1/streams/{stream.id}/health"),
+                await client.get(f"/v1/sources/{stream.id}/timeline"),
+                await client.get(f"/v1/sources/{stream.id}/frames/{write_stream_time(base)}"),
+                await client.get("/metrics"),
+            ):
+                assert response.status_code == 200, response.text
+            refused = await client.post("/v1/streams", json={"name": "new", "url": "rtsp://203.0.113.7/new"})
+            assert code(refused) == (503, "store_unavailable")
+            assert "full" in refused.json()["error"]["message"]
+
+
+async def written(redis):
+    """Write something, and return what went wrong."""
+    try:
+        await redis.append("ballast", bytes(1000))
+    except StoreFull as error:
+        return error
 
 
 async def test_deleting_a_video_erases_its_frames(parts, client):

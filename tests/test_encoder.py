@@ -22,6 +22,7 @@ from store.gaps import Gap, Gaps
 from store.hot import FrameNotKept
 from store.keyframes import Keyframes
 from store.leases import Leases
+from store.room import Room
 from store.segments import Segments
 from store.timeline import Timeline
 from tests.reference import make_checkpoint
@@ -52,7 +53,9 @@ def keyframes(redis, tmp_path):
 
 @pytest.fixture
 def writer(encoder, timeline, keyframes, redis):
-    return FrameWriter(encoder, timeline, keyframes, Leases(redis), Gaps(redis), Counters(redis), frames_per_pass=4)
+    return FrameWriter(
+        encoder, timeline, keyframes, Leases(redis), Gaps(redis), Counters(redis), room=Room((), 0), frames_per_pass=4
+    )
 
 
 def load(folder, dtype="float32"):

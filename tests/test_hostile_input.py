@@ -218,7 +218,7 @@ def test_the_address_that_was_checked_is_the_one_that_is_fetched_from(tmp_path, 
     clip = real_clip("carphone_distorted").read_bytes()
     with answering(body(clip)) as port, listener(host="127.0.0.2") as (_, accepted):
         asked = names(monkeypatch, "clips.example", iter([["127.0.0.1"], ["127.0.0.2"]]))
-        loader = Downloader(AddressPolicy(("127.0.0.1/32",)), max_bytes=10**6, timeout_s=5)
+        loader = Downloader(AddressPolicy(("127.0.0.1/32",)), max_bytes=10**6, spare_bytes=0, timeout_s=5)
         assert loader.fetch(f"http://clips.example:{port}/clip.mp4", tmp_path / "clip.mp4", Event())
         assert len(asked) == 1  # a second answer is never asked for, so it cannot be another
     assert (tmp_path / "clip.mp4").read_bytes() == clip

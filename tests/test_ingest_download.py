@@ -1,5 +1,6 @@
 """Fetching archives from a real HTTP server, with its redirects, lies and failures."""
 
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -9,8 +10,9 @@ from threading import Event
 import pytest
 
 from ingest.address import AddressPolicy, BadUrl
-from ingest.download import Downloader, DownloadFailed, DownloadTooLarge
+from ingest.download import Downloader, DownloadFailed, DownloadTooLarge, NoRoom
 from tests.ingest_parts import LOCAL
+from tests.small_disk import small_disk
 
 CONTENT = bytes(range(256)) * 1000
 
@@ -83,8 +85,17 @@ def server() -> Iterator[Server]:
     server.http.server_close()
 
 
-def downloader(networks: tuple[str, ...] = LOCAL, max_bytes: int = 10**6) -> Downloader:
-    return Downloader(AddressPolicy(networks), max_bytes=max_bytes, timeout_s=5)
+def downloader(networks: tuple[str, ...] = LOCAL, max_bytes: int = 10**6, spare_bytes: int = 0) -> Downloader:
+    return Downloader(AddressPolicy(networks), max_bytes=max_bytes, spare_bytes=spare_bytes, timeout_s=5)
+
+
+@pytest.mark.parametrize("path", ["/clip", "/endless"])  # told before it comes, and found out while it does
+def test_a_file_that_does_not_fit_the_disk_is_refused_and_leaves_nothing(server, tmp_path, path):
+    with small_disk(tmp_path / "disk", 2**20) as disk:
+        spare_bytes = shutil.disk_usage(disk).free - len(CONTENT) // 2
+        with pytest.raises(NoRoom, match="add the video again"):
+            downloader(spare_bytes=spare_bytes).fetch(server.url + path, disk / "clip", Event())
+        assert list(disk.iterdir()) == []
 
 
 def test_a_file_arrives_whole(server, tmp_path):

@@ -165,6 +165,36 @@ async def test_a_sink_that_is_away_costs_the_oldest_frames_and_they_are_counted(
     assert shed | set(slots) >= set(range(slots[0], slots[-1] + 1)) - set(desk.missing_slots("str_cam"))
 
 
+async def test_a_sink_without_room_is_asked_seldom_named_to_the_camera_and_in_the_gaps_and_taken_up_again(
+    tmp_path, monkeypatch, caplog
+):
+    def told() -> tuple[str, str]:
+        report = desk.last("str_cam")
+        return ("", "") if not isinstance(report, CameraReport) else (report.state, report.reason or "")
+
+    monkeypatch.setattr("ingest.service.FULL_RETRY_S", 1.0)
+    sink = MemorySink()
+    with simulated_camera("--gop", "5") as cam:
+        desk = MemoryDesk(Assignment("str_cam", 3, 10.0, Camera(cam.url)))
+        async with running(desk, sink, tmp_path, queue_frames=5):
+            await until(lambda: len(sink.frames) >= 3)
+            sink.is_full, began = True, time.monotonic()
+            await until(lambda: len(desk.missing_slots("str_cam")) >= 10)
+            assert sink.refusals <= time.monotonic() - began + 1
+            assert told() == ("degraded", "frames are not kept: the disk is full; make room")
+            sink.is_full = False
+            length = len(sink.frames)
+            await until(lambda: len(sink.frames) >= length + 8)
+            await until(lambda: "room" not in told()[1])
+    slots, reasons = sink.slots("str_cam"), {gap.reason for gap in desk.gaps["str_cam"]}
+    assert slots == sorted(set(slots))
+    assert "store_full" in reasons
+    assert "shed" not in reasons
+    absent = set(range(slots[0], slots[-1] + 1)) - set(slots)
+    assert absent <= set(desk.missing_slots("str_cam"))
+    assert sum("the disk is full" in record.getMessage() for record in caplog.records) == 1
+
+
 @pytest.mark.parametrize(("fault", "reason"), [("freeze", "frozen"), ("black", "black")])
 async def test_a_camera_that_shows_nothing_live_is_degraded_until_it_does(tmp_path, fault, reason):
     def told() -> tuple[str, str]:
@@ -412,7 +442,7 @@ async def test_a_hanging_reading_thread_is_replaced(tmp_path):
 
 async def test_an_archive_waits_for_room_instead_of_dropping(tmp_path):
     encode(tmp_path / "clip.mp4", steady(20))
-    worker = ArchiveWorker(archive("clip.mp4"), settings(queue_frames=2), 64, tmp_path)
+    worker = ArchiveWorker(archive("clip.mp4"), settings(queue_frames=2), 64, tmp_path, 0)
     worker.start()
     frames: list[Frame] = []
     while len(frames) < 20:

@@ -20,10 +20,10 @@ from compressor_service.encoder import Encoder
 from compressor_service.settings import CompressorSettings
 from compressor_service.writer import FrameWriter
 from deploy.desk import StoreDesk
-from ingest.frame import Frame, Receipt, SinkUnavailable
+from ingest.frame import Frame, Receipt, SinkFull, SinkUnavailable
 from ingest.service import IngestService
 from store.cipher import Cipher
-from store.connection import EmbeddedRedis, StoreRedis, connect
+from store.connection import EmbeddedRedis, StoreFull, StoreRedis, connect
 from store.counters import Counters
 from store.gaps import Gaps
 from store.janitor import Janitor
@@ -57,6 +57,8 @@ class WriterSink:
     async def put(self, frames: Sequence[Frame]) -> Receipt:
         try:
             [receipt] = await self._writer.put([frames])
+        except StoreFull as error:
+            raise SinkFull(str(error)) from None
         except ConnectionError as error:
             raise SinkUnavailable(str(error)) from None
         for frame in frames:
@@ -74,7 +76,7 @@ class Place:
     folder: Path
 
     def __post_init__(self) -> None:
-        self.store = StoreSettings(data_dir=self.folder)
+        self.store = StoreSettings(data_dir=self.folder, spare_bytes=0)
         self.sources = Sources(self.redis, CIPHER)
         self.timeline = Timeline(self.redis, self.encoder.format, SEGMENTS)
         self.keyframes = Keyframes(self.redis, self.store.segments_root)
@@ -83,7 +85,16 @@ class Place:
     @asynccontextmanager
     async def ingest(self, lease_s: float = 3.0, **changes: object) -> AsyncIterator[tuple[IngestService, WriterSink]]:
         counters, gaps, leases = Counters(self.redis), Gaps(self.redis), Leases(self.redis)
-        writer = FrameWriter(self.encoder, self.timeline, self.keyframes, leases, gaps, counters, frames_per_pass=8)
+        writer = FrameWriter(
+            self.encoder,
+            self.timeline,
+            self.keyframes,
+            leases,
+            gaps,
+            counters,
+            room=self.store.room,
+            frames_per_pass=8,
+        )
         sink = WriterSink(writer, self.encoder.input_size_px)
         desk = StoreDesk(self.sources, leases, self.timeline, lease_s)
         service = IngestService(settings(**changes), desk, sink, self.store.uploads_dir)
@@ -265,7 +276,7 @@ async def test_a_full_disk_holds_a_video_up_and_costs_it_nothing(place, caplog):
             return await status() == "ready"
 
         async with place.ingest() as (_, sink):
-            await eventually(lambda: "No space left on device" in caplog.text)
+            await eventually(lambda: "the disk of the store is full" in caplog.text)
             assert (await status(), sink.kept) == ("processing", {})
             (segments / "ballast").unlink()
             await eventually(is_ready)

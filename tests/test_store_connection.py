@@ -117,6 +117,19 @@ async def test_a_killed_server_comes_back_by_itself_with_all_it_acknowledged(tmp
     assert not server.running
 
 
+async def test_what_a_killed_server_had_begun_to_rewrite_is_removed(tmp_path):
+    with EmbeddedRedis.start(tmp_path) as server:
+        async with connect(server.url) as redis:
+            begun = tmp_path / "redis" / "temp-rewriteaof-bg-7.aof"
+            begun.write_bytes(b"half of it")
+            epoch = await Leases(redis).acquire("str_a", "one", 60)
+            pid = server_pid(tmp_path)
+            os.kill(pid, signal.SIGKILL)
+            wait_for_end(pid)
+            assert await renewed(redis, {"str_a": epoch}) == frozenset()
+            assert not begun.exists()
+
+
 async def renewed(redis, held):
     """Renew leases as soon as the server is there again."""
     deadline = time.monotonic() + 20

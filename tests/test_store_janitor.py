@@ -126,7 +126,7 @@ async def test_a_disk_that_is_full_keeps_no_retention_from_making_room(store, mo
 
     with monkeypatch.context() as patch:
         patch.setattr("store.files._write_whole", full)
-        with pytest.raises(StoreUnavailable, match="No space left"):
+        with pytest.raises(StoreUnavailable, match="disk of the store is full"):
             await store.janitor.sweep()
     for stream in streams:
         assert (await store.timeline.slots(stream.id, 0, 10**12)).tolist() == [now - 5000]
