@@ -216,7 +216,10 @@ class Keyframes:
         new = None
         if jpegs:
             generation = 1 if old is None else old.generation + 1
-            new = await self._packs.write(source_id, hour, generation, jpegs)
+            try:
+                new = await self._packs.write(source_id, hour, generation, jpegs)
+            except HourFileGone:  # an erasure took it for what a crash has left, and so the hour has changed
+                return False
         done = await self._packed.replace(source_id, hour, old, new, changes=changes)
         superseded = old if done else new
         if superseded is not None:

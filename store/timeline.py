@@ -268,7 +268,10 @@ class Timeline:
         new = None
         if len(rows.slots):
             generation = 1 if old is None else old.generation + 1
-            new = await self._segments.write(source_id, self.format, hour, generation, rows)
+            try:
+                new = await self._segments.write(source_id, self.format, hour, generation, rows)
+            except HourFileGone:  # an erasure took it for what a crash has left, and so the hour has changed
+                return False
         kept = len(await self._hot.slots(source_id, *_span(hour))) + (0 if old is None else old.frames)
         gone = kept - len(rows.slots)
         done = await self._sealed.replace(source_id, hour, old, new, changes=changes, as_of=as_of, gone=gone)

@@ -238,6 +238,36 @@ async def test_an_hour_that_changes_while_it_is_sealed_stays_as_it_is(redis, epo
     assert len(await segments.files("str_a", FIRST, FORMAT.fingerprint)) == 1
 
 
+class LateSegments(Segments):
+    """Lets something happen, once, after a segment is written and before it is checked."""
+
+    meddle = None
+
+    def _read_whole(self, *about):
+        if self.meddle is not None:
+            meddle, self.meddle = self.meddle, None
+            meddle()
+        return super()._read_whole(*about)
+
+
+async def test_an_erasure_that_takes_a_new_segment_for_a_leftover_leaves_the_hour_to_be_sealed_later(
+    redis_url, redis, epoch, segments_root
+):
+    segments = LateSegments(segments_root)
+    timeline = Timeline(redis, FORMAT, segments)
+    await remember(timeline, epoch, [START + slot for slot in range(100)])
+
+    async def erase() -> None:
+        async with connect(redis_url) as other:
+            await Timeline(other, FORMAT, Segments(segments_root)).erase("str_a", START + 90, START + 100)
+
+    segments.meddle = lambda: asyncio.run(erase())
+    assert not await timeline.seal("str_a", FIRST)
+    assert (await timeline.slots("str_a", START, START + 100)).tolist() == [START + slot for slot in range(90)]
+    assert await timeline.seal("str_a", FIRST)
+    assert await timeline.count("str_a") == 90
+
+
 async def test_an_erasure_that_meets_a_seal_erases_all_the_same(redis, epoch, segments_root):
     segments = MeddledSegments(segments_root)
     timeline = Timeline(redis, FORMAT, segments)
