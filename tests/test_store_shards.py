@@ -257,6 +257,17 @@ async def test_what_is_erased_or_expired_is_never_found_again_and_leaves_the_mem
     assert moments.nbytes == 0
 
 
+async def test_a_late_frame_is_found_in_an_hour_that_was_adopted_from_its_file(site):
+    stream = await site.stream("dock")
+    await site.hours(stream, FIRST)
+    await site.keep(stream, [FIRST * HOUR_SLOTS + 1])
+    [manifest] = await site.timeline.sealed(stream)
+    assert await site.timeline.adopt(stream, manifest, manifest)
+    found = await site.moments().search(vector(FIRST * HOUR_SLOTS + 1), hour_of(stream, FIRST), top_k=1)
+    assert told(found) == (FRAMES + 1, FRAMES + 1, False)
+    assert found.moments[0].score == pytest.approx(1, abs=1e-3)
+
+
 async def test_what_was_being_read_while_it_was_erased_is_not_kept(gated, gate):
     stream = await gated.stream("dock")
     await gated.hours(stream, FIRST)
