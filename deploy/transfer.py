@@ -9,7 +9,7 @@ from typing import ParamSpec, TypeVar
 from deploy.client import ApiError, Client, HourPart, Imported, Range, TimelineExport, Unreachable
 from deploy.portable import PortableReader, PortableWriter
 
-PAUSES_S = (0.5, 2.0, 5.0, 15.0, 30.0)  # before the next try
+PAUSES_S = (0.5, 2.0, 5.0, 15.0, 60.0)  # before the next try; a key's requests are counted by the minute
 PASSING = frozenset({429, 503})
 Told = Callable[[int, int], None]
 """Is told how many hours are done, and how many there are."""

@@ -17,7 +17,7 @@ from store.sources import Source, Stream, Video
 from store.timeline import Timeline
 
 TRIES = 20  # of an hour from which something is erased again and again while it is read
-HOURS_AT_ONCE = 2  # that are in memory; an hour of keyframes has some 150 MB
+HOURS_AT_ONCE = 1  # that are put together: an hour of keyframes has some 150 MB
 
 
 class Exports:

@@ -26,6 +26,7 @@ from qa_service.schemas import (
 from qa_service.upload import receive_body
 from store.connection import StoreUnavailable
 from store.format import HOUR_SLOTS, TokenFormat
+from store.hour_files import HourFileDamaged
 from store.imports import IDLE_S, ImportedTooMuch, Imports, NewImport
 from store.keyframes import Keyframes
 from store.portable import DamagedHour, max_frames_bytes, read_frames, read_keyframes
@@ -36,7 +37,7 @@ from store.timeline import Timeline
 logger = logging.getLogger(__name__)
 
 TRIES = 20
-HOURS_AT_ONCE = 2  # that are in memory
+HOURS_AT_ONCE = 1  # that are in memory, of all imports: an hour of keyframes has some 150 MB
 
 T = TypeVar("T")
 
@@ -87,16 +88,16 @@ class Importer:
         return await self._once(caller, "imports", key, described.model_dump_json(), ImportBody, create)
 
     async def frames(self, caller: Caller, source_id: str, hour: int, chunks: AsyncIterator[bytes]) -> ImportedHour:
-        """Take the frames of an hour. Raises DamagedExport, FileTooLarge, StorageFull and StateConflict."""
+        """Take the frames of an hour. Raises DamagedExport, FileTooLarge and StorageFull."""
         limit = min(self._max_hour_bytes, max_frames_bytes(self._timeline.format))
         as_of = await self._timeline.as_of(source_id)  # an import that was given up must not come back
         async with self._received(caller, source_id, chunks, limit) as (content, new):
             rows = await _read(lambda: read_frames(content(), self._timeline.format, hour))
             _require_within(new, hour, int(rows.slots[0]), int(rows.slots[-1]))
             for _ in range(TRIES):
+                await self._imports.go_on(source_id)
                 if await self._timeline.restore(source_id, rows, as_of):
                     return ImportedHour(frames=len(rows.slots))
-                await self._imports.go_on(source_id)
         raise StoreUnavailable(f"hour {hour} of {source_id} changes all the time; send it again")
 
     async def keyframes(self, caller: Caller, source_id: str, hour: int, chunks: AsyncIterator[bytes]) -> ImportedHour:
@@ -108,6 +109,7 @@ class Importer:
             if not jpegs.keys() <= set(kept.tolist()):
                 raise DamagedExport("The hour has keyframes of frames that did not come.")
             for _ in range(TRIES):
+                await self._imports.go_on(source_id)
                 if await self._keyframes.restore(source_id, hour, jpegs):
                     return ImportedHour(frames=len(jpegs))
         raise StoreUnavailable(f"hour {hour} of {source_id} changes all the time; send it again")
@@ -152,6 +154,8 @@ class Importer:
                         f"An import has at most {self._max_bytes} bytes here.", details={"max_bytes": self._max_bytes}
                     ) from None
                 yield target.read_bytes, new
+        except HourFileDamaged as error:
+            raise StoreUnavailable(f"an hour does not read back as it was written: {error}") from None
         finally:
             await asyncio.to_thread(target.unlink, missing_ok=True)
 

@@ -452,6 +452,10 @@ class TimelineExport(Body):
     def _fits_together(self) -> Self:
         if self.end_slot <= self.start_slot:
             raise PydanticCustomError("export_range", "`end_slot` lies behind `start_slot`.")
+        try:
+            clock.check_video_time(self.end_slot / self.fps)
+        except ValueError:
+            raise PydanticCustomError("export_range", "`end_slot` lies after all dates.") from None
         if any(gap.start_slot < self.start_slot or gap.end_slot > self.end_slot for gap in self.gaps):
             raise PydanticCustomError("export_range", "Gaps lie within `start_slot` and `end_slot`.")
         if (self.duration_s is None) == (self.kind == "video"):

@@ -71,7 +71,7 @@ class Parsed:
 
     metadata: Mapping[str, str]
     offsets: Mapping[str, int]
-    tensors: Mapping[str, bytes]
+    tensors: Mapping[str, memoryview]
     size: int
 
     @property
@@ -154,6 +154,7 @@ class HourFiles:
         content, checksum = serialized(tensors, metadata)
         path = f"{self._hour(source_id, hour)}/{file}"
         self._files.write({path: content}, synced=True)
+        del content  # an hour of keyframes has 150 MB: not twice, while it is read back
         try:
             read = self._read_whole(source_id, hour, file)
             if read.metadata["checksum"] != checksum:
@@ -191,7 +192,7 @@ class HourFiles:
         end = max(stop for _, stop in places.values())
         slots = bytearray(max(places["slots"][1] - places["slots"][0], 0))
         self._read_ranges(source_id, hour, file, [(places["slots"][0], memoryview(slots)), (end - 1, memoryview(last))])
-        return Parsed(metadata, {name: start for name, (start, _) in places.items()}, {"slots": bytes(slots)}, end)
+        return Parsed(metadata, {name: start for name, (start, _) in places.items()}, {"slots": memoryview(slots)}, end)
 
     def _read_ranges(self, source_id: str, hour: int, file: str, ranges: Sequence[tuple[int, memoryview]]) -> None:
         """Fill each target from an offset of a file on. Raises HourFileGone and HourFileDamaged."""
@@ -214,7 +215,7 @@ def _slots(bits: str, hour: int) -> NDArray[np.int64]:
 def serialized(tensors: Tensors, metadata: Mapping[str, str]) -> tuple[bytes, str]:
     """Return the content of a file and its checksum."""
     arrays = {name: (dtype, np.ascontiguousarray(array)) for name, (dtype, array) in tensors.items()}
-    checksum = _checksum(arrays[name][1].tobytes() for name in sorted(arrays))
+    checksum = _checksum(arrays[name][1].reshape(-1).view(np.uint8).data for name in sorted(arrays))
     specs: dict[str, safetensors.TensorSpec] = {
         name: safetensors.TensorSpec(
             dtype=dtype, shape=list(array.shape), data_ptr=array.ctypes.data, data_len=array.nbytes
@@ -231,7 +232,8 @@ def parsed(content: bytes, file: str) -> Parsed:
     except struct.error:
         raise HourFileDamaged(f"{file} is no segment: it is cut off") from None
     metadata, places = _header(content[_LENGTH.size : _LENGTH.size + size], file)
-    tensors = {name: content[start:end] for name, (start, end) in places.items()}
+    whole = memoryview(content)
+    tensors = {name: whole[start:end] for name, (start, end) in places.items()}
     if _checksum(tensors[name] for name in sorted(tensors)) != metadata["checksum"]:
         raise HourFileDamaged(f"{file} is not as it was written: its checksum differs")
     return Parsed(metadata, {name: start for name, (start, _) in places.items()}, tensors, len(content))
@@ -260,7 +262,7 @@ def _require(metadata: Mapping[str, str], source_id: str, hour: int, file: str) 
         raise HourFileDamaged(f"{file} says it is hour {stated[1]} of {stated[0]}")
 
 
-def _checksum(parts: Iterable[bytes]) -> str:
+def _checksum(parts: Iterable[memoryview]) -> str:
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)

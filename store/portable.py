@@ -75,12 +75,11 @@ def read_keyframes(content: bytes, hour: int) -> dict[int, bytes]:
         ends = np.frombuffer(found.tensors["ends"], END_DTYPE).reshape(len(slots))
     except ValueError:
         raise DamagedHour("its tensors do not fit each other") from None
-    bounds = np.concatenate(([0], ends))
-    if bounds[-1] != len(jpegs) or (bounds[1:] <= bounds[:-1]).any():
+    starts = np.concatenate(([0], ends[:-1]))
+    if ends[-1] != len(jpegs) or (ends <= starts).any():
         raise DamagedHour("its keyframes do not lie one behind the other")
-    return {
-        int(slot): jpegs[low:high] for slot, low, high in zip(slots, bounds[:-1].tolist(), ends.tolist(), strict=True)
-    }
+    places = zip(slots.tolist(), starts.tolist(), ends.tolist(), strict=True)
+    return {slot: bytes(jpegs[start:end]) for slot, start, end in places}
 
 
 def _written(hour: int, tensors: Tensors, facts: Mapping[str, str]) -> bytes:
@@ -109,7 +108,7 @@ def _read(content: bytes, hour: int, names: frozenset[str]) -> Parsed:
 def _slots(found: Parsed, hour: int) -> NDArray[np.int64]:
     """Return the slots (n,) of the source."""
     raw = found.tensors["slots"]
-    if not raw or len(raw) % SLOT_DTYPE.itemsize:
+    if not len(raw) or len(raw) % SLOT_DTYPE.itemsize:
         raise DamagedHour("it has no slots")
     slots = np.frombuffer(raw, SLOT_DTYPE).astype(np.int64)
     if slots[0] < 0 or slots[-1] >= HOUR_SLOTS or (np.diff(slots) <= 0).any():

@@ -202,6 +202,7 @@ async def test_an_import_that_is_given_up_does_not_come_back(parts, client, expo
         ({"fps": 1e9}, "fps"),
         ({"start_slot": -1}, "start_slot"),
         ({"end_slot": 10**15}, "end_slot"),
+        ({"end_slot": 10**12}, None),
         ({"end_slot": 0}, None),
         ({"duration_s": 1e9}, None),
         ({"duration_s": None}, None),
