@@ -2,7 +2,9 @@
 nothing that was erased."""
 
 import asyncio
+import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -21,13 +23,17 @@ from store.connection import EmbeddedRedis, connect
 from store.format import HOUR_SLOTS
 from store.recomputations import (
     KEPT_ENDED,
+    HourLeft,
     RecomputationEnded,
     RecomputationNotFound,
     Wanted,
     ended,
+    facts,
 )
 from store.sources import VideoStatus
 from tests.recompute_parts import LATE_MS, PASS, Place, load, work
+from tests.test_ingest_store import eventually
+from tests.test_store_connection import server_pid
 from tests.untrained import write_untrained_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -73,7 +79,7 @@ class Eyes:
 
 def watched(place: Place, new: Encoder, recomputer: Recomputer) -> Eyes:
     eyes = Eyes(place.writer(new))
-    recomputer._eyes = eyes
+    recomputer._second._eyes = eyes
     return eyes
 
 
@@ -357,7 +363,7 @@ async def test_what_another_model_makes_is_never_kept_for_the_running_one(place,
     video = await place.video(old, SLOTS)
     job = await place.ask(new, video.id)
     recomputer = place.recomputer(new)
-    recomputer._eyes = place.writer(old)
+    recomputer._second._eyes = place.writer(old)
     await work(recomputer)
     told = await place.jobs.get(job.id)
     assert (told.status, told.total.done) == ("running", 0)
@@ -403,7 +409,7 @@ def start(command: Sequence[object]) -> subprocess.Popen[bytes]:
 
 async def test_it_goes_on_after_kills_and_makes_every_frame_once(tmp_path, old, new, new_checkpoint):
     chance = random.Random(1)
-    slots = list(range(400))
+    slots = list(range(600))
     with EmbeddedRedis.start(tmp_path) as server:
         async with connect(server.url) as redis:
             place = Place(redis, tmp_path)
@@ -414,12 +420,20 @@ async def test_it_goes_on_after_kills_and_makes_every_frame_once(tmp_path, old, 
                 known = len(await place.slots(new, video.id))
                 command = [sys.executable, "-m", "tests.recompute_parts", server.url, str(tmp_path), new_checkpoint]
                 process = start(command)
-                try:
+
+                async def gets_on(known: int, process: subprocess.Popen[bytes] = process) -> None:
                     deadline = time.monotonic() + 60
                     while len(await place.slots(new, video.id)) == known:
                         assert process.poll() is None
                         assert time.monotonic() < deadline, "it does not get on"
                         await asyncio.sleep(0.01)
+
+                try:
+                    await gets_on(known)
+                    if kills == 0:
+                        os.kill(server_pid(tmp_path), signal.SIGKILL)
+                        await eventually(lambda: redis.ping())
+                        await gets_on(len(await place.slots(new, video.id)))
                     await asyncio.sleep(chance.uniform(0.0, 0.1))
                 finally:
                     process.kill()
@@ -429,7 +443,7 @@ async def test_it_goes_on_after_kills_and_makes_every_frame_once(tmp_path, old, 
             assert 0 < len(await place.slots(new, video.id)) < len(slots)
             await work(place.recomputer(new))
             done = await place.jobs.get(job.id)
-            assert (done.status, done.total.slots, done.total.done) == ("done", 400, 400)
+            assert (done.status, done.total.slots, done.total.done) == ("done", 600, 600)
             assert await place.slots(new, video.id) == slots
             assert await place.timeline(new).count(video.id) == len(slots)
             assert len(list((tmp_path / "segments").rglob(f"{new.format.fingerprint}-*.safetensors"))) <= 1 + kills
@@ -498,6 +512,29 @@ async def test_live_frames_have_the_device_first(place, new):
     lives = [asyncio.create_task(live()) for _ in range(3)]
     await asyncio.gather(background, *lives)
     assert order == ["background", *["live"] * 3, *["background"] * 3]
+
+
+async def test_a_plan_that_was_cut_short_is_made_anew(place, new):
+    job = await place.ask(new, "str_a")
+    assert await place.jobs.plan(job.id, {HourLeft("str_a", 1, 5): 0.0, HourLeft("str_a", 2, 5): 0.0})
+    await place.jobs.update(job.id, facts(status="queued"))
+    assert await place.jobs.plan(job.id, {HourLeft("str_a", 1, 7): 5.0})
+    assert (await place.jobs.get(job.id)).total.slots == 7
+    assert await place.jobs.due(job.id, 4.0) is None
+    assert await place.jobs.due(job.id, 5.0) == HourLeft("str_a", 1, 7)
+    await place.jobs.cancel(job.id)
+    assert not await place.jobs.plan(job.id, {HourLeft("str_a", 1, 7): 5.0})
+    assert await place.jobs.next_at(job.id) is None
+
+
+async def test_of_two_that_do_the_same_hour_one_counts(place, new):
+    job = await place.ask(new, "str_a")
+    hour, half = HourLeft("str_a", 1, 8), HourLeft("str_a", 1, 4)
+    await place.jobs.plan(job.id, {hour: 0.0})
+    first = await place.jobs.update(job.id, lambda job: job.advanced(hour, half), hour=hour, after=half)
+    assert first is not None
+    assert await place.jobs.update(job.id, lambda job: job.advanced(hour, None), hour=hour) is None
+    assert (await place.jobs.get(job.id)).total.done == 4
 
 
 async def test_only_the_last_of_those_that_ended_are_remembered(place):
