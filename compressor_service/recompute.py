@@ -29,6 +29,7 @@ from store.recomputations import (
     facts,
     worker_lease,
 )
+from store.room import Room
 from store.segments import Hour
 from store.sources import Source, SourceNotFound, Sources, Stream
 from store.timeline import Timeline
@@ -69,6 +70,7 @@ class Recomputer:
         memory: Memory,
         timeline: Timeline,
         eyes: Eyes,
+        room: Room,
         *,
         settle_s: float,
         keep_every_s: float = KEEP_EVERY_S,
@@ -78,6 +80,7 @@ class Recomputer:
         self._sources = sources
         self._timeline = timeline
         self._second = SecondLook(memory, timeline, eyes, now)
+        self._room = room
         self._settle_s = settle_s
         self._keep_every_s = keep_every_s
         self._now = now
@@ -214,6 +217,7 @@ class Recomputer:
         unreadable = np.empty(0, np.int64)
         patience_s, tries = self._keep_every_s, 0
         while True:
+            await asyncio.to_thread(self._room.check)
             # Before keyframes are looked for: what is erased from now on must not come back.
             as_of = await self._timeline.as_of(source.id)
             missing = np.setdiff1d(await self._second.missing(job, source, hour), unreadable)

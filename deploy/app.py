@@ -333,7 +333,9 @@ class Caretaker:
         async def recompute() -> None:
             eyes = RemoteCompressor(compressor)
             timeline = Timeline(redis, (await eyes.facts_when_loaded()).format, _segments(settings))
-            await Recomputer(redis, sources, memory, timeline, eyes, settle_s=settings.store.seal_settle_s).run()
+            store = settings.store
+            recomputer = Recomputer(redis, sources, memory, timeline, eyes, store.room, settle_s=store.seal_settle_s)
+            await recomputer.run()
 
         self._tasks = {
             "janitor": asyncio.create_task(janitor.run()),

@@ -25,6 +25,7 @@ from store.keyframes import Keyframes
 from store.leases import Leases
 from store.memory import Memory
 from store.recomputations import Recomputation, Recomputations, Wanted
+from store.room import Room
 from store.segments import Segments
 from store.sources import NewStream, NewVideo, Sources, Stream, Video, VideoStatus
 from store.timeline import Timeline
@@ -48,6 +49,7 @@ class Place:
         self.keyframes = Keyframes(self.redis, self.root)
         self.memory = Memory(self.redis, Segments(self.root), self.keyframes)
         self.jobs = Recomputations(self.redis)
+        self.room = Room((self.folder,), 0)
 
     def timeline(self, encoder: Encoder) -> Timeline:
         return Timeline(self.redis, encoder.format, Segments(self.root))
@@ -55,7 +57,9 @@ class Place:
     def writer(self, encoder: Encoder) -> FrameWriter:
         counters, gaps, leases = Counters(self.redis), Gaps(self.redis), Leases(self.redis)
         timeline = self.timeline(encoder)
-        return FrameWriter(encoder, timeline, self.keyframes, leases, gaps, counters, frames_per_pass=PASS)
+        return FrameWriter(
+            encoder, timeline, self.keyframes, leases, gaps, counters, room=self.room, frames_per_pass=PASS
+        )
 
     def recomputer(
         self, encoder: Encoder, *, keep_every_s: float = 60.0, now: Callable[[], float] = time.time
@@ -66,6 +70,7 @@ class Place:
             self.memory,
             self.timeline(encoder),
             self.writer(encoder),
+            self.room,
             settle_s=600,
             keep_every_s=keep_every_s,
             now=now,

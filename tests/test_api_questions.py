@@ -282,7 +282,7 @@ async def test_search_by_text_stays_inside_its_ranges(parts, client):
 
 async def test_a_search_tells_how_much_it_could_not_look_at_in_time(parts):
     stream, _ = await parts.stream(range(30))
-    reader = RangeReader(parts.timeline, parts.sources, live_lag_s=5, now=lambda: parts.now)
+    reader = RangeReader(parts.timeline, parts.keyframes, parts.sources, live_lag_s=5, now=lambda: parts.now)
     hurried = Finder(reader, parts.compressor, Moments(parts.timeline, StoreSettings(moments_patience_s=1e-9)))
     wanted = SearchRequest.model_validate({"query": "a red car", "sources": [stream.id]})
     found = await hurried.find(wanted)

@@ -16,6 +16,7 @@ from qa_service.settings import ApiSettings
 from store.format import HOUR_SLOTS
 from store.memory import Memory
 from store.recomputations import facts
+from store.room import Room
 from tests.qa_http import serving
 from tests.qa_parts import Parts, open_parts
 from tests.recompute_parts import Place, load, work
@@ -50,7 +51,7 @@ def place(redis, tmp_path) -> Place:
 
 def recomputer(parts: Parts) -> Recomputer:
     memory = Memory(parts.redis, parts.segments, parts.keyframes)
-    return Recomputer(parts.redis, parts.sources, memory, parts.timeline, parts.writer, settle_s=600)
+    return Recomputer(parts.redis, parts.sources, memory, parts.timeline, parts.writer, Room((), 0), settle_s=600)
 
 
 async def frames(client, source_id: str) -> int:

@@ -381,7 +381,7 @@ def test_a_service_that_is_not_ready_tells_which_part_and_exits_with_1(capsys):
         assert run_command(["health", "--url", url, "--json"]) == 1
     assert "timeout" in shown
     assert shown.endswith("not ready\n")
-    assert json.loads(capsys.readouterr().out) == {"ready": False, "parts": body["parts"]}
+    assert json.loads(capsys.readouterr().out) == {"ready": False, "parts": body["parts"], "advice": {}}
 
 
 def test_the_key_goes_into_the_header_and_nowhere_else(monkeypatch, capsys):
