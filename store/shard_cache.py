@@ -67,6 +67,11 @@ class _Held:
         known = self.state
         return known.look >= state.look or (known.file == state.file and known.mark == state.mark)
 
+    def is_still(self, file: str | None, slots: NDArray[np.int64], *, is_exact: bool) -> bool:
+        """Return whether a shard of these frames of an hour would be the same: a frame sent twice has one vector."""
+        same_kind = self.state.file == file and self.shard.is_exact == is_exact
+        return same_kind and np.array_equal(self.shard.slots, slots)
+
 
 @dataclass(frozen=True, slots=True)
 class _Sealed:
@@ -86,7 +91,7 @@ class ShardCache:
         self._sealed: dict[str, _Sealed] = {}
         self._making: dict[tuple[str, int], asyncio.Task[_Held]] = {}
         self._reading = asyncio.Semaphore(READS_AT_ONCE)
-        self._erased: dict[str, int] = {}  # the last look at a source before which something was erased
+        self._erased: dict[str, int] = {}  # by source: looks before this one saw what is erased now
         self._looks = 0
         self._bytes = 0
 
@@ -171,8 +176,8 @@ class ShardCache:
                     first = state.hour * HOUR_SLOTS
                     slots = await self._timeline.slots(state.source_id, first, first + HOUR_SLOTS)
                 is_exact = state.manifest is None or not np.isin(slots, state.manifest.slots).all()
-                if known is not None and known.is_exact == is_exact and np.array_equal(known.slots, slots):
-                    return self._remember(known, state)
+                if held is not None and held.is_still(state.file, slots, is_exact=is_exact):
+                    return self._remember(held.shard, state)
                 try:
                     vectors = await self._vectors(state.source_id, known, slots)
                 except FrameNotKept:  # sealed anew or erased in between
