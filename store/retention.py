@@ -144,7 +144,8 @@ class Retention:
             return self._full_before(source, now)
 
         for source in sources:
-            if source.id in own and (excess := kept[source.id] - own[source.id]) > 0:
+            if source.id in own:
+                excess = kept[source.id] - own[source.id]
                 freed = await take_oldest(hours, [source], excess, gone, full_before)
                 left -= freed
                 self._tell(f"the {kind} of {source.id}", is_over=freed < excess, limit=own[source.id])
