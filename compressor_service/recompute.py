@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 POLL_S = 2.0
 LEASE_S = 30.0
 KEEP_EVERY_S = 60.0  # work that a kill may cost; each keeping writes the hour's segment anew
-PUT_OFF_S = 60.0  # after what stood in the way of an hour
+PUT_OFF_S = 20.0  # after what stood in the way of an hour
 _UNEXPECTED = "an unexpected error, which the log of the service tells; what was made stays: ask again for the rest"
 _TRIES = 20  # of an hour of which something is erased again and again
 
@@ -169,6 +169,7 @@ class Recomputer:
                     missing = 1  # at least: what stands in the way is told when the hour has its turn
                 if missing or job.drop_old:
                     hours[HourLeft(source_id, hour, missing)] = self._turn(source, hour)
+        await self._go_on(job)
         if await self._jobs.plan(job.id, hours):
             slots = sum(hour.slots for hour in hours)
             logger.info("recomputation %s begins: %d frames in %d hours", job.id, slots, len(hours))

@@ -24,13 +24,15 @@ _ORDER = "rec:{recomputations}:order"
 
 # Replaces a recomputation if it is still the one that was read, and an hour that is left by what is left of it then.
 # KEYS: jobs, active ones of its model, hours that are left. ARGV: id, old, new, '1' if it has ended,
-#       hour or '', that hour afterwards or '', the time at which it has its turn.
+#       hour or '', that hour afterwards or '', the time at which it has its turn or '' for that which it had.
 _REPLACE = """
 local id, hour, after = ARGV[1], ARGV[5], ARGV[6]
 if redis.call('HGET', KEYS[1], id) ~= ARGV[2] then return 'changed' end
 if hour ~= '' then
-  if redis.call('ZREM', KEYS[3], hour) == 0 then return 'not left' end
-  if after ~= '' then redis.call('ZADD', KEYS[3], ARGV[7], after) end
+  local turn = redis.call('ZSCORE', KEYS[3], hour)
+  if not turn then return 'not left' end
+  redis.call('ZREM', KEYS[3], hour)
+  if after ~= '' then redis.call('ZADD', KEYS[3], ARGV[7] ~= '' and ARGV[7] or turn, after) end
 end
 redis.call('HSET', KEYS[1], id, ARGV[3])
 if ARGV[4] == '1' then
@@ -261,11 +263,12 @@ class Recomputations:
         *,
         hour: HourLeft | None = None,
         after: HourLeft | None = None,
-        at: float = 0.0,
+        at: float | None = None,
     ) -> Recomputation | None:
-        """Change a recomputation, and let `after`, to be done from `at` on, or nothing take the place of an `hour`.
+        """Change a recomputation, and let `after` or nothing take the place of an `hour` that is left.
 
-        Return it as it is then; None, and nothing is changed, if it has ended or the hour is not left any more.
+        `after` has its turn at `at`, None: when the hour had it. Return the recomputation as it is then; None, and
+        nothing is changed, if it has ended or the hour is not left any more.
         """
         for _ in range(_TRIES):
             old = await self._raw(job_id)
@@ -275,7 +278,7 @@ class Recomputations:
             new = change(job)
             keys = [_JOBS, _active_key(job.fingerprint), _left_key(job_id)]
             about: list[str | float | bytes] = [job_id, old, new.model_dump_json(), "1" if new.ended else ""]
-            about += [_text(hour), _text(after), at]
+            about += [_text(hour), _text(after), "" if at is None else at]
             outcome = await self._replace(keys, about)
             if outcome == b"not left":
                 return None

@@ -422,7 +422,7 @@ async def test_it_goes_on_after_kills_and_makes_every_frame_once(tmp_path, old, 
                 process = start(command)
 
                 async def gets_on(known: int, process: subprocess.Popen[bytes] = process) -> None:
-                    deadline = time.monotonic() + 60
+                    deadline = time.monotonic() + 150
                     while len(await place.slots(new, video.id)) == known:
                         assert process.poll() is None
                         assert time.monotonic() < deadline, "it does not get on"
@@ -530,11 +530,14 @@ async def test_a_plan_that_was_cut_short_is_made_anew(place, new):
 async def test_of_two_that_do_the_same_hour_one_counts(place, new):
     job = await place.ask(new, "str_a")
     hour, half = HourLeft("str_a", 1, 8), HourLeft("str_a", 1, 4)
-    await place.jobs.plan(job.id, {hour: 0.0})
+    await place.jobs.plan(job.id, {hour: 7.0})
     first = await place.jobs.update(job.id, lambda job: job.advanced(hour, half), hour=hour, after=half)
     assert first is not None
     assert await place.jobs.update(job.id, lambda job: job.advanced(hour, None), hour=hour) is None
     assert (await place.jobs.get(job.id)).total.done == 4
+    assert await place.jobs.next_at(job.id) == 7.0  # its place in the order stays
+    await place.jobs.update(job.id, facts(), hour=half, after=half, at=9.0)
+    assert await place.jobs.next_at(job.id) == 9.0
 
 
 async def test_only_the_last_of_those_that_ended_are_remembered(place):
