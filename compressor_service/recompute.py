@@ -70,8 +70,8 @@ class Recomputer:
         memory: Memory,
         timeline: Timeline,
         eyes: Eyes,
-        room: Room,
         *,
+        room: Room,
         settle_s: float,
         keep_every_s: float = KEEP_EVERY_S,
         now: Callable[[], float] = time.time,
@@ -218,13 +218,13 @@ class Recomputer:
         unreadable = np.empty(0, np.int64)
         patience_s, tries = self._keep_every_s, 0
         while True:
-            await asyncio.to_thread(self._room.check)
             # Before keyframes are looked for: what is erased from now on must not come back.
             as_of = await self._timeline.as_of(source.id)
             missing = np.setdiff1d(await self._second.missing(job, source, hour), unreadable)
             await self._note(work, len(missing) + len(unreadable))
             if not len(missing):
                 break
+            await asyncio.to_thread(self._room.check)
             seen = await self._second.look(source, missing, patience_s, lambda: self._go_on(job))
             if seen is None or not await self._keep(source, seen.rows, as_of):
                 # Something was erased or sealed meanwhile: who begins anew with less leaves less room for that.

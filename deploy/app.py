@@ -334,7 +334,9 @@ class Caretaker:
             eyes = RemoteCompressor(compressor)
             timeline = Timeline(redis, (await eyes.facts_when_loaded()).format, _segments(settings))
             store = settings.store
-            recomputer = Recomputer(redis, sources, memory, timeline, eyes, store.room, settle_s=store.seal_settle_s)
+            recomputer = Recomputer(
+                redis, sources, memory, timeline, eyes, room=store.room, settle_s=store.seal_settle_s
+            )
             await recomputer.run()
 
         self._tasks = {

@@ -49,7 +49,6 @@ class Place:
         self.keyframes = Keyframes(self.redis, self.root)
         self.memory = Memory(self.redis, Segments(self.root), self.keyframes)
         self.jobs = Recomputations(self.redis)
-        self.room = Room((self.folder,), 0)
 
     def timeline(self, encoder: Encoder) -> Timeline:
         return Timeline(self.redis, encoder.format, Segments(self.root))
@@ -58,8 +57,11 @@ class Place:
         counters, gaps, leases = Counters(self.redis), Gaps(self.redis), Leases(self.redis)
         timeline = self.timeline(encoder)
         return FrameWriter(
-            encoder, timeline, self.keyframes, leases, gaps, counters, room=self.room, frames_per_pass=PASS
+            encoder, timeline, self.keyframes, leases, gaps, counters, room=self.room(), frames_per_pass=PASS
         )
+
+    def room(self, spare_bytes: int = 0) -> Room:
+        return Room((self.folder,), spare_bytes)
 
     def recomputer(
         self, encoder: Encoder, *, keep_every_s: float = 60.0, now: Callable[[], float] = time.time
@@ -70,7 +72,7 @@ class Place:
             self.memory,
             self.timeline(encoder),
             self.writer(encoder),
-            self.room,
+            room=self.room(),
             settle_s=600,
             keep_every_s=keep_every_s,
             now=now,

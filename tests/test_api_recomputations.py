@@ -51,7 +51,8 @@ def place(redis, tmp_path) -> Place:
 
 def recomputer(parts: Parts) -> Recomputer:
     memory = Memory(parts.redis, parts.segments, parts.keyframes)
-    return Recomputer(parts.redis, parts.sources, memory, parts.timeline, parts.writer, Room((), 0), settle_s=600)
+    room = Room((parts.uploads.parent,), 0)
+    return Recomputer(parts.redis, parts.sources, memory, parts.timeline, parts.writer, room=room, settle_s=600)
 
 
 async def frames(client, source_id: str) -> int:

@@ -358,6 +358,21 @@ async def test_what_stands_in_the_way_is_told_and_tried_again(place, old, new):
     assert (done.status, done.reason, done.total.done) == ("done", None, len(SLOTS))
 
 
+async def test_on_a_full_disk_it_waits_for_room(place, old, new):
+    video = await place.video(old, SLOTS)
+    job = await place.ask(new, video.id)
+    clock = [time.time()]
+    recomputer = place.recomputer(new, now=lambda: clock[0])
+    recomputer._room = place.room(1 << 60)
+    await work(recomputer)
+    assert "disk of the store is full" in (await place.jobs.get(job.id)).reason
+    assert await place.slots(new, video.id) == []
+    recomputer._room = place.room()
+    clock[0] += PUT_OFF_S
+    await work(recomputer)
+    assert (await place.jobs.get(job.id)).status == "done"
+
+
 async def test_what_another_model_makes_is_never_kept_for_the_running_one(place, old, new):
     """In an upgrade the compressor may be replaced before those who call it."""
     video = await place.video(old, SLOTS)
