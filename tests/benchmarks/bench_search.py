@@ -294,16 +294,18 @@ def measure_kinds(hours: int = 24) -> None:
         "8bit_uniform": faiss_kind(faiss.ScalarQuantizer.QT_8bit_uniform),
         "8bit on our grid": [Shard.in_bytes(slots, vectors).best for vectors in shards],
     }
-    flat_ms = 0.0
+    best = {name: exact if name == "float32" else Best(len(queries)) for name in kinds}
+    ms = dict.fromkeys(kinds, float("inf"))
     for name, searches in kinds.items():
-        mine = Best(len(queries)) if name != "float32" else exact
         for place, query in enumerate(queries):
             for hour, search in enumerate(searches):
                 places, scores = search(query, TOP)
-                mine.add(place, places + hour * HOUR_SLOTS, scores)
-        ms = spent_ms(partial(_all, searches, queries[0]), 9) / hours
-        flat_ms = flat_ms or ms
-        show("a shard", name, ms / flat_ms, "float32", recall_20=mine.recall(exact), ms=ms)
+                best[name].add(place, places + hour * HOUR_SLOTS, scores)
+    for _ in range(15):  # in turns: whatever else the machine does meets all of them
+        for name, searches in kinds.items():
+            ms[name] = min(ms[name], spent_ms(partial(_all, searches, queries[0]), 1) / hours)
+    for name in kinds:
+        show("a shard", name, ms[name] / ms["float32"], "float32", recall_20=best[name].recall(exact), ms=ms[name])
 
 
 def _all(searches: Sequence[Search], query: Vectors) -> None:
