@@ -177,11 +177,12 @@ async def _read(read: Callable[[], T]) -> T:
 
 
 def _is_keyframe(jpeg: bytes, side_px: int) -> bool:
-    """Decode a picture to its end: what is kept can be read whenever a question needs it."""
+    """Read a picture to its end: what is kept can be decoded whenever a question needs it."""
     try:
         with Image.open(io.BytesIO(jpeg), formats=("JPEG",)) as picture:
             if picture.size != (side_px, side_px) or picture.mode != "RGB":
                 return False
+            picture.draft("RGB", (1, 1))  # every bit is read, but an eighth of the size is computed, which is quicker
             picture.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return False

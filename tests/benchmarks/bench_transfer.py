@@ -36,6 +36,7 @@ from store.format import HOUR_SLOTS
 from store.idempotency import Idempotency
 from store.imports import Imports, NewImport
 from store.keyframes import Keyframes
+from store.room import Room
 from store.segments import Hour, Segments
 from store.sources import Sources
 from store.timeline import Timeline
@@ -91,7 +92,7 @@ async def measure(server: EmbeddedRedis, folder: Path, hours: int, repeats: int)
         sources = Sources(redis, Cipher.open(None, folder))
         imports = Imports(redis, sources)
         end = hours * HOUR_SLOTS
-        exports = Exports(RangeReader(timeline, sources, live_lag_s=0), timeline, keyframes)
+        exports = Exports(RangeReader(timeline, keyframes, sources, live_lag_s=0), timeline, keyframes)
         importer = Importer(
             imports,
             Once(Idempotency(redis)),
@@ -99,6 +100,7 @@ async def measure(server: EmbeddedRedis, folder: Path, hours: int, repeats: int)
             keyframes,
             side_px=SIDE_PX,
             folder=folder,
+            room=Room((folder,), 0),
             max_bytes=1 << 40,
             max_hour_bytes=1 << 29,
         )
