@@ -17,6 +17,7 @@ from store.format import HOUR_SLOTS
 from store.memory import Memory
 from store.recomputations import facts
 from store.room import Room
+from store.sources import NewVideo, VideoStatus
 from tests.qa_http import serving
 from tests.qa_parts import Parts, open_parts
 from tests.recompute_parts import Place, load, work
@@ -113,6 +114,14 @@ async def test_without_sources_everything_is_meant(parts, client, place, old):
     await work(recomputer(parts))
     assert await frames(client, video.id) == 20
     assert await frames(client, stream.id) == 1
+
+
+async def test_a_source_that_is_still_imported_is_not_meant(parts, client, place, old):
+    new = NewVideo(name="on its way", file="a.mp4")
+    await place.sources.add_hidden_video("vid_hidden", new, VideoStatus(status="ready", progress=1.0))
+    assert (await client.post("/v1/recomputations", json={})).json()["sources"] == []
+    named = await client.post("/v1/recomputations", json={"sources": ["vid_hidden"]})
+    assert code(named) == (404, "video_not_found")
 
 
 async def test_ranges_are_told_in_the_clock_of_their_source(parts, client, place, old):
