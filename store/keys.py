@@ -48,6 +48,10 @@ class KeyframeKeys:
         return f"kf:{{{self.source_id}}}:totals"
 
     @property
+    def disowned(self) -> str:
+        return f"kf:{{{self.source_id}}}:disowned"
+
+    @property
     def loose(self) -> str:
         """Hash of what lies outside of packs, by hour: its bytes, and from which slot on it was left."""
         return f"kf:{{{self.source_id}}}:loose"
@@ -97,6 +101,11 @@ class TimelineKeys:
     def totals(self) -> str:
         """Hash of what the manifests of sealed hours add up to: `frames` and `size`."""
         return f"{self._root}:totals"
+
+    @property
+    def disowned(self) -> str:
+        """Set of files that are being removed, and must not count any more."""
+        return f"{self._root}:disowned"
 
     def part(self, part: str, block: int) -> str:
         return f"{self._root}:{part}:{block}"

@@ -6,9 +6,9 @@ that counts; of several the one of the highest generation does.
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from redis.asyncio import Redis
 from store.files import Files
 from store.format import HOUR_SLOTS
 from store.hour_files import HourFileDamaged, HourFileGone, HourFiles, HourManifest
+from store.keys import KeyframeKeys, TimelineKeys
 from store.memory import Memory
 from store.packs import LABEL, Pack, Packs
 from store.segments import Manifest, Segments
@@ -122,10 +123,14 @@ class Recovery:
             timeline.format.fingerprint: {one.hour: one for one in await timeline.sealed(source_id)}
             for timeline in await self._memory.timelines(source_id)
         }
+        listing = await self._segments.listing(source_id)
+        disowned = await self._disowned(source_id, {_label(file) for files in listing.values() for file in files})
         listed: dict[str, dict[int, list[str]]] = {label: {} for label in (LABEL, *known)}
-        for hour, files in (await self._segments.listing(source_id)).items():
+        for hour, files in listing.items():
+            await self._segments.remove(source_id, hour, *disowned.intersection(files))
             for file in files:
-                listed.setdefault(file.partition("-")[0], {}).setdefault(hour, []).append(file)
+                if file not in disowned:
+                    listed.setdefault(_label(file), {}).setdefault(hour, []).append(file)
         done = await self._recover_packs(source_id, packs, listed.pop(LABEL))
         for fingerprint, files_by_hour in listed.items():
             done += await self._recover_segments(source_id, known.get(fingerprint, {}), files_by_hour)
@@ -160,6 +165,12 @@ class Recovery:
         counts = await _recover(source_id, known, listed, adopt, self._packs)
         return Recovered(packs=counts[0], lost=counts[1])
 
+    async def _disowned(self, source_id: str, labels: Iterable[str]) -> frozenset[str]:
+        """Return the files that somebody was about to remove."""
+        keys = [KeyframeKeys(source_id).disowned, *(TimelineKeys(source_id, label).disowned for label in labels)]
+        found: Any = await self._redis.sunion(keys)
+        return frozenset(file.decode() for file in found)
+
     async def _erased(self, source_id: str, hour: int, slots: NDArray[np.int64]) -> list[tuple[int, int]]:
         """Return the ranges [start, end) of an hour that were erased and of which a file has some of its slots (n,).
 
@@ -171,6 +182,10 @@ class Recovery:
 
     def _note(self, source_id: str) -> str:
         return f"{self._files.folder(source_id, 'note')}/{_NOTE}"
+
+
+def _label(file: str) -> str:
+    return file.partition("-")[0]
 
 
 async def _recover(

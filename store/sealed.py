@@ -14,12 +14,14 @@ from store.segments import Manifest
 
 _HOURS_PER_COMMAND = 1000
 _ANY_MARK = "*"
+_DISOWNED_S = 24 * 3600  # who disowns a file removes it at once
 
-# KEYS: changes, sealed hours, manifests, totals.
+# KEYS: changes, sealed hours, manifests, totals, disowned files.
 # ARGV: hour, changes it had, manifest it had, manifest it gets.
-# Nothing happens, and 0 is returned, if the hour has changed since the caller read it.
+# Nothing happens, and 0 is returned, if the hour has changed since the caller read it, or if the file is disowned.
 _REPLACE = """
 local hour = ARGV[1]
+if ARGV[4] ~= '' and redis.call('SISMEMBER', KEYS[5], cjson.decode(ARGV[4]).file) == 1 then return 0 end
 if (redis.call('HGET', KEYS[1], hour) or '') ~= ARGV[2] then return 0 end
 if (redis.call('HGET', KEYS[3], hour) or '') ~= ARGV[3] then return 0 end
 redis.call('HDEL', KEYS[1], hour)
@@ -56,22 +58,37 @@ for field, sum in pairs(totals) do redis.call('HSET', KEYS[2], field, string.for
 # More KEYS: mark of the last erasure, blocks, frame counter, formats, then t, p, m, v of every block of the hour.
 # More ARGV: mark that it had or _ANY_MARK, fingerprint, format as JSON, frames that are gone, then the blocks' numbers.
 _REPLACE_BLOCKS = f"""{NEW_MARK}
-if ARGV[5] ~= '{_ANY_MARK}' and (redis.call('GET', KEYS[5]) or '') ~= ARGV[5] then return 0 end
+if ARGV[5] ~= '{_ANY_MARK}' and (redis.call('GET', KEYS[6]) or '') ~= ARGV[5] then return 0 end
 {_REPLACE}
 redis.call('HSET', KEYS[1], '{SEALED_MARK}', mark)
 for i = 9, #ARGV do
-  local at = 9 + 4 * (i - 9)
+  local at = 10 + 4 * (i - 9)
   redis.call('UNLINK', KEYS[at], KEYS[at + 1], KEYS[at + 2], KEYS[at + 3])
-  redis.call('ZREM', KEYS[6], ARGV[i])
+  redis.call('ZREM', KEYS[7], ARGV[i])
   redis.call('HDEL', KEYS[1], 'b' .. ARGV[i])
 end
-if ARGV[4] ~= '' then redis.call('HSETNX', KEYS[8], ARGV[6], ARGV[7]) end
-if tonumber(ARGV[8]) ~= 0 then redis.call('DECRBY', KEYS[7], ARGV[8]) end
-if redis.call('ZCARD', KEYS[6]) == 0 and redis.call('ZCARD', KEYS[2]) == 0 then
-  redis.call('DEL', KEYS[1], KEYS[7])
-  redis.call('HDEL', KEYS[8], ARGV[6])
+if ARGV[4] ~= '' then redis.call('HSETNX', KEYS[9], ARGV[6], ARGV[7]) end
+if tonumber(ARGV[8]) ~= 0 then redis.call('DECRBY', KEYS[8], ARGV[8]) end
+if redis.call('ZCARD', KEYS[7]) == 0 and redis.call('ZCARD', KEYS[2]) == 0 then
+  redis.call('DEL', KEYS[1], KEYS[8])
+  redis.call('HDEL', KEYS[9], ARGV[6])
 end
 return 1
+"""
+
+# KEYS: manifests, disowned files. ARGV: hour, seconds, then files of the hour. Returns those that do not count.
+_DISOWN = """
+local text = redis.call('HGET', KEYS[1], ARGV[1])
+local counts = text and cjson.decode(text).file
+local disowned = {}
+for i = 3, #ARGV do
+  if ARGV[i] ~= counts then
+    redis.call('SADD', KEYS[2], ARGV[i])
+    table.insert(disowned, ARGV[i])
+  end
+end
+redis.call('EXPIRE', KEYS[2], ARGV[2])
+return disowned
 """
 
 _TOUCH = f"""{NEW_MARK}
@@ -88,6 +105,8 @@ class _Keys(Protocol):
     def sealed(self) -> str: ...
     @property
     def totals(self) -> str: ...
+    @property
+    def disowned(self) -> str: ...
 
 
 M = TypeVar("M", bound=HourManifest)
@@ -101,6 +120,7 @@ class _Hours(ABC, Generic[M, K]):
         self._redis = redis
         self._manifest = manifest
         self._touch = redis.register_script(_TOUCH)
+        self._disown = redis.register_script(_DISOWN)
         self._recount = redis.register_script(_RECOUNT)
 
     @abstractmethod
@@ -145,6 +165,15 @@ class _Hours(ABC, Generic[M, K]):
         """Let every `replace` fail that has begun before now."""
         await self._touch([self.keys(source_id).changes], [hour])
 
+    async def disown(self, source_id: str, hour: int, *files: str) -> list[str]:
+        """Return those of the files that no manifest names, and see to it that none ever does.
+
+        Only these may be removed: somebody may have found a file and let it count, though who wrote it could not.
+        """
+        keys = self.keys(source_id)
+        found: list[Any] = await self._disown([keys.sealed, keys.disowned], [hour, _DISOWNED_S, *files])
+        return [file.decode() for file in found]
+
     async def recount(self, source_id: str) -> None:
         """Count anew what the hours of a source add up to."""
         keys = self.keys(source_id)
@@ -158,9 +187,8 @@ class _Hours(ABC, Generic[M, K]):
             if (first is not None and hour < first) or (last is not None and hour > last):
                 continue
             if found := await files.files(source_id, hour, label):
-                await self.touch(source_id, hour)  # from now on, who wrote one of them cannot make it count
-                counts = {manifest.file for manifest in await self.between(source_id, hour, hour)}
-                await files.remove(source_id, hour, *(file for file in found if file not in counts))
+                await self.touch(source_id, hour)  # who reads the hour just now would write what is erased
+                await files.remove(source_id, hour, *await self.disown(source_id, hour, *found))
 
     async def _manifests(self, keys: K, hours: Sequence[int]) -> list[M]:
         found = []
@@ -224,7 +252,7 @@ class SealedHours(_Hours[Manifest, TimelineKeys]):
         gone: int,
     ) -> bool:
         keys, format = self.keys(source_id), self._format
-        named = [keys.changes, keys.hours, keys.sealed, keys.totals, erased_key(source_id)]
+        named = [keys.changes, keys.hours, keys.sealed, keys.totals, keys.disowned, erased_key(source_id)]
         named += [keys.blocks, keys.frames, formats_key(source_id), *keys.of_blocks(blocks)]
         about: list[str | int] = [hour, changes, _text(old), _text(new), _ANY_MARK if as_of is None else as_of]
         about += [format.fingerprint, format.model_dump_json(), gone, *blocks]
@@ -244,7 +272,7 @@ class PackedHours(_Hours[Pack, KeyframeKeys]):
     async def replace(self, source_id: str, hour: int, old: Pack | None, new: Pack | None, *, changes: str) -> bool:
         """Let `new` stand for the hour instead of `old`; False, and nothing is changed, if the hour has changed."""
         keys = self.keys(source_id)
-        named = [keys.changes, keys.hours, keys.sealed, keys.totals]
+        named = [keys.changes, keys.hours, keys.sealed, keys.totals, keys.disowned]
         return bool(await self._replace(named, [hour, changes, _text(old), _text(new)]))
 
     async def drop(self, source_id: str) -> None:

@@ -276,9 +276,11 @@ class Timeline:
         gone = kept - len(rows.slots)
         done = await self._sealed.replace(source_id, hour, old, new, changes=changes, as_of=as_of, gone=gone)
         superseded = old if done else new
-        if superseded is not None:
-            await self._segments.remove(source_id, hour, superseded.file)
-        return done
+        if superseded is None:
+            return done
+        unnamed = await self._sealed.disown(source_id, hour, superseded.file)
+        await self._segments.remove(source_id, hour, *unnamed)
+        return done or not unnamed  # what was found and adopted before it could count does count
 
     async def _hour(self, source_id: str, hour: int, without: NDArray[np.int64] | None = None) -> Hour:
         """Read what is kept of an hour. FrameNotKept if it changes meanwhile."""

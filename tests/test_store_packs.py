@@ -97,7 +97,8 @@ async def test_erasing_takes_packed_keyframes_and_their_bytes(redis, tmp_path):
     assert await keyframes.erase("str_a", low, high) == 0
     assert await keyframes.erase("str_a") == len(left)
     assert list(tmp_path.iterdir()) == []
-    assert await redis.keys("kf:*") == []
+    assert await redis.keys("kf:*") == [b"kf:{str_a}:disowned"]  # names of files, which fade
+    assert await redis.ttl("kf:{str_a}:disowned") > 0
 
 
 async def test_what_expires_is_taken_by_the_hour_where_it_is_packed(keyframes):

@@ -24,6 +24,7 @@ from store.recovery import Recovered, Recovery
 from store.segments import Segments
 from store.sources import Gap, NewStream, NewVideo, Sources, Stream, StreamNotFound, Video, VideoStatus
 from store.timeline import Timeline
+from tests.test_store_sealing import hour_of
 from tests.test_store_timeline import FORMAT, entry
 
 FIRST = int(time.time()) // HOUR_SLOTS - 50  # an hour behind the registration of streams counts as not registered
@@ -193,7 +194,8 @@ async def test_a_purged_source_does_not_come_back(place):
         await place.sources.source(stream.id)
 
 
-async def test_an_erasure_that_died_before_its_files_were_removed_is_finished(on_disk):
+@pytest.mark.parametrize("is_known", [True, False])
+async def test_an_erasure_that_died_before_its_files_were_removed_is_finished(on_disk, is_known):
     stream = await on_disk.camera()
     await on_disk.remember(stream.id, at(0, 1, 2) + at(1, 1, 2))
     await on_disk.seal(stream.id, FIRST, FIRST + 1)
@@ -206,6 +208,8 @@ async def test_an_erasure_that_died_before_its_files_were_removed_is_finished(on
     for path, content in kept.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
+    if not is_known:
+        await on_disk.redis.delete(*await on_disk.redis.keys("*:disowned"))
     await on_disk.recovery().run()
     assert (await on_disk.content(stream.id))[0] == at(1, 1, 2)
     with pytest.raises(FrameNotKept):
@@ -281,6 +285,41 @@ async def test_a_note_of_another_source_is_refused(on_disk, caplog):
     await on_disk.redis.flushall()
     assert await on_disk.recovery().run() == Recovered()
     assert "speaks of" in caplog.text
+
+
+async def test_a_file_that_counts_is_not_removed_by_who_wrote_it_in_vain(on_disk, monkeypatch):
+    """An import writes an hour, and before it can let it count a recovery has found the file."""
+    stream = await on_disk.camera()
+    rows = hour_of([entry(slot) for slot in at(0, 1, 2)])
+    write = Segments.write
+
+    async def found_at_once(self, *arguments):
+        written = await write(self, *arguments)
+        assert (await on_disk.recovery().run()).hours == 1
+        return written
+
+    monkeypatch.setattr(Segments, "write", found_at_once)
+    assert await on_disk.timeline.restore(stream.id, rows, await on_disk.timeline.as_of(stream.id))
+    assert (await on_disk.timeline.read(stream.id, rows.slots)).tobytes() == rows.tokens.tobytes()
+    assert await on_disk.timeline.count(stream.id) == 2
+
+
+async def test_a_file_that_is_being_removed_is_not_found(on_disk, monkeypatch):
+    stream = await on_disk.camera()
+    as_of = await on_disk.timeline.as_of(stream.id)
+    await on_disk.memory.erase(stream.id)
+    remove, found = Segments.remove, []
+
+    async def looked_for_first(self, source_id, hour, *names):
+        monkeypatch.setattr(Segments, "remove", remove)
+        found.append((await on_disk.recovery().run()).hours)
+        await remove(self, source_id, hour, *names)
+
+    monkeypatch.setattr(Segments, "remove", looked_for_first)
+    assert not await on_disk.timeline.restore(stream.id, hour_of([entry(slot) for slot in at(0, 1, 2)]), as_of)
+    assert found == [0]
+    assert await on_disk.timeline.extent(stream.id) is None
+    assert files(on_disk, 0, "*") == []
 
 
 async def test_nothing_is_lost_when_hours_are_sealed_and_erased_during_a_recovery(on_disk):
