@@ -21,6 +21,7 @@ _UNUSABLE = (
 _FULL = (
     "the disk of the store is full: make room, or shorten what streams keep; what could not be written is tried again"
 )
+_DRAFT = ".tmp"
 _SOURCE_ID = re.compile(r"[A-Za-z0-9_-]+")  # a part of a path: nothing that leaves the root
 
 
@@ -131,6 +132,12 @@ class Files:
                     if error.errno != errno.ENOTEMPTY or tries_left == 0:
                         raise
 
+    def remove_drafts(self, folder: str) -> None:
+        """Remove what a crash left of files that were being written there; who still writes one begins anew."""
+        if self._local:  # elsewhere there are none
+            for draft in Path(folder).glob(f".*{_DRAFT}"):
+                draft.unlink(missing_ok=True)
+
     def remove_if_empty(self, folders: Iterable[str]) -> None:
         """Remove those of the folders that hold nothing, and then their parents."""
         if self._local:  # elsewhere folders are only names
@@ -167,7 +174,7 @@ def _fill(readinto: Callable[[memoryview], int | None], target: memoryview) -> N
 
 def _write_whole(path: Path, content: bytes, *, synced: bool) -> None:
     """Write a file so that readers see it whole or not at all."""
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}{_DRAFT}")
     for attempt in range(WRITE_ATTEMPTS):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

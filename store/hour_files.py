@@ -105,9 +105,10 @@ class HourFiles:
         self._files = Files(root_url)
 
     async def remove(self, source_id: str, hour: int, *files: str) -> None:
-        """Remove files of an hour, those that are there."""
+        """Remove files of an hour, those that are there, and what a crash left of others."""
         folder = self._hour(source_id, hour)
         await asyncio.to_thread(self._files.remove, [f"{folder}/{file}" for file in files])
+        await asyncio.to_thread(self._files.remove_drafts, folder)
         await asyncio.to_thread(self._files.remove_if_empty, [folder, self._files.folder(source_id, "hours")])
 
     async def remove_source(self, source_id: str) -> None:
@@ -153,6 +154,7 @@ class HourFiles:
         file = f"{label}-{generation:06d}-{uuid4().hex[:12]}{_SUFFIX}"
         content, checksum = serialized(tensors, metadata)
         path = f"{self._hour(source_id, hour)}/{file}"
+        self._files.remove_drafts(self._hour(source_id, hour))
         self._files.write({path: content}, synced=True)
         del content  # an hour of keyframes has 150 MB: not twice, while it is read back
         try:

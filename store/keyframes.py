@@ -147,6 +147,7 @@ class Keyframes:
         if not await self._replace(source_id, hour, old, jpegs, changes):
             return False
         await asyncio.to_thread(self._files.remove, list(loose.values()))
+        await asyncio.to_thread(self._files.remove_drafts, f"{self._folder(source_id)}/{hour}")
         await asyncio.to_thread(self._files.remove_if_empty, [f"{self._folder(source_id)}/{hour}"])
         if noted is not None:
             await self._loose.take(source_id, hour, noted.nbytes)
@@ -299,6 +300,7 @@ class Keyframes:
                 self._files.remove([path], recursive=True)  # with whatever a crash left there
             else:
                 self._files.remove([f"{path}/{slot}.jpg" for slot in doomed])
+                self._files.remove_drafts(path)
                 self._files.remove_if_empty([path])
         self._files.remove_if_empty([folder])
         return erased, left

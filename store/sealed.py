@@ -188,7 +188,7 @@ class _Hours(ABC, Generic[M, K]):
                 continue
             if found := await files.files(source_id, hour, label):
                 await self.touch(source_id, hour)  # who reads the hour just now would write what is erased
-                await files.remove(source_id, hour, *await self.disown(source_id, hour, *found))
+            await files.remove(source_id, hour, *await self.disown(source_id, hour, *found))
 
     async def _manifests(self, keys: K, hours: Sequence[int]) -> list[M]:
         found = []

@@ -204,3 +204,19 @@ async def test_a_pack_that_was_lost_is_named(redis, tmp_path):
     path.unlink()
     with pytest.raises(StoreUnavailable, match=f"{path.name} of str_a is lost"):
         await keyframes.get("str_a", START)
+
+
+async def test_what_a_crash_left_half_written_goes_with_the_next_file_of_its_hour_or_with_an_erasure(redis, tmp_path):
+    keyframes = Keyframes(redis, str(tmp_path))
+    drafts = [
+        tmp_path / "str_a" / kind / str(hour) / ".7.0123.tmp" for kind in ("keyframes", "hours") for hour in (0, 1)
+    ]
+    await keyframes.put_many({("str_a", slot): b"%d" % slot for slot in (7, 8, HOUR_SLOTS, HOUR_SLOTS + 1)})
+    for draft in drafts:
+        draft.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_bytes(b"half of it")
+    assert await keyframes.pack("str_a", 0)
+    assert [draft.exists() for draft in drafts] == [False, True, False, True]
+    assert await keyframes.erase("str_a", HOUR_SLOTS, HOUR_SLOTS + 1) == 1
+    assert not any(draft.exists() for draft in drafts)
+    assert await keyframes.get_many("str_a", [7, 8, HOUR_SLOTS + 1]) == [b"7", b"8", b"%d" % (HOUR_SLOTS + 1)]
