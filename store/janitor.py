@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 from redis.asyncio import Redis
@@ -45,7 +46,7 @@ class Janitor:
 
     def __init__(self, redis: Redis, sources: Sources, memory: Memory, settings: StoreSettings) -> None:
         self._recovery = Recovery(redis, sources, memory, settings.segments_root)
-        self._recovered = False
+        self._recovered: str | None = None  # the server of which what it may have lost was last looked for
         self._redis = redis
         self._sources = sources
         self._memory = memory
@@ -64,10 +65,8 @@ class Janitor:
             while True:
                 try:
                     held = await self._hold(held)
-                    if held and not self._recovered:
-                        await self._recovery.run()
-                        self._recovered = True
                     if held:
+                        await self._recover()
                         await self.sweep()
                 except StoreUnavailable as error:
                     logger.warning("sweep put off: %s", error)
@@ -114,6 +113,13 @@ class Janitor:
         if report != SweepReport():
             logger.info("swept %s", report)
         return report
+
+    async def _recover(self) -> None:
+        """Look for what Redis may have lost, once at first and after each start of it: it may lack its last seconds."""
+        about: Any = await self._redis.info("server")
+        if self._recovered != about["run_id"]:
+            await self._recovery.run()
+            self._recovered = about["run_id"]
 
     async def _hold(self, held: dict[str, int]) -> dict[str, int]:
         ttl_s = 3 * self._settings.janitor_interval_s

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import os
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,17 +15,21 @@ from cryptography.fernet import Fernet
 from pydantic import SecretStr
 
 from store.cipher import Cipher
-from store.connection import StoreRedis
+from store.connection import EmbeddedRedis, StoreRedis, connect
 from store.files import Files
 from store.format import HOUR_SLOTS
 from store.hot import FrameNotKept
+from store.janitor import Janitor
 from store.keyframes import Keyframes
 from store.leases import Leases
 from store.memory import Memory
 from store.recovery import Recovered, Recovery
 from store.segments import Segments
+from store.settings import StoreSettings
 from store.sources import Gap, NewStream, NewVideo, Sources, Stream, StreamNotFound, Video, VideoStatus
 from store.timeline import Timeline
+from tests.ingest_parts import until
+from tests.test_store_connection import server_pid
 from tests.test_store_sealing import hour_of
 from tests.test_store_timeline import FORMAT, entry
 
@@ -350,3 +356,26 @@ async def test_nothing_is_lost_when_hours_are_sealed_and_erased_during_a_recover
     assert pictures == [f"{slot}".encode() for slot in expected]
     assert await on_disk.timeline.count(stream.id) == len(expected)
     assert np.array_equal(await on_disk.timeline.present(stream.id, *at(0, 400, 401)), [False])
+
+
+async def test_a_janitor_looks_again_whenever_redis_has_been_started_anew(tmp_path):
+    with EmbeddedRedis.start(tmp_path) as server:
+        async with connect(server.url) as redis:
+            place = placed(redis, str(tmp_path / "segments"))
+            stream = await place.camera()
+            await place.remember(stream.id, at(0, 1, 2))
+            await place.seal(stream.id, FIRST)
+            settings = StoreSettings(data_dir=tmp_path, janitor_interval_s=0.05, spare_bytes=0)
+            janitor = Janitor(redis, place.sources, place.memory, settings)
+            sweeping = asyncio.create_task(janitor.run())
+            known: list[str | None] = [None]
+            for _ in range(2):
+                await until(lambda: janitor._recovered not in known)
+                known.append(janitor._recovered)
+                await redis.delete(*await redis.keys(f"*{stream.id}*"))
+                assert await place.timeline.extent(stream.id) is None
+                os.kill(server_pid(tmp_path), signal.SIGKILL)
+                await until(lambda: janitor._recovered not in known)
+            assert (await place.content(stream.id))[0] == at(0, 1, 2)
+            sweeping.cancel()
+            await asyncio.gather(sweeping, return_exceptions=True)
