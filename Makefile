@@ -4,7 +4,8 @@
 #   make test check      the tests; format, lint, types, import contracts
 #   make corpus          2,000 damaged files through ingest, and how each of them ended (about 15 minutes)
 #   make soak            half an hour of cameras that fail at random, and a verdict
-#   make crashes         two hundred kills of the store under load, and a look for everything acknowledged (5 minutes)
+#   make crashes         200 kills of processes of the store, 24 of parts of the whole service or all of it, under load, and
+#                        a look for everything acknowledged (20 minutes)
 #   make bench           measurements into tests/benchmarks/RESULTS.md
 # PYTHON=python3.12 picks the interpreter. TORCH_INDEX=https://download.pytorch.org/whl/cpu takes torch's smaller CPU build.
 
@@ -39,6 +40,7 @@ soak: $(VENV)/dev.stamp
 
 crashes: $(VENV)/dev.stamp
 	$(BIN)/python -m tests.crashes
+	$(BIN)/python -m tests.service_crashes
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python -m tests.benchmarks

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 PATIENCE_S, STOP_S = 120, 60
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass
 class RunningService:
     """A service that is up: its address, its folder, its process, and the file of what it printed (all, at its end)."""
 
@@ -26,6 +26,24 @@ class RunningService:
     data_dir: Path
     process: subprocess.Popen[str]
     output: Path
+    settings: Mapping[str, str]
+
+    def kill_everything(self) -> None:
+        """End every process of it at once, as a machine does that loses its power, but for what the kernel holds."""
+        while doomed := processes_of(self.data_dir):  # what the first look missed was being started by another one
+            for number in doomed:
+                with suppress(ProcessLookupError):
+                    os.kill(number, signal.SIGKILL)
+            time.sleep(0.05)
+        self.process.wait()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+
+    def start_again(self) -> None:
+        """Start it on what it left; its address is another one."""
+        with self.output.open("a") as file:
+            self.process = start_service(self.data_dir, file, self.settings)
+        self.url = _address(self.process, self.output)
 
 
 @contextmanager
@@ -43,16 +61,19 @@ def running_service(folder: Path, settings: Mapping[str, str] | None = None) -> 
     }
     with output.open("w") as file:
         process = start_service(data_dir, file, settings)
+    service = RunningService("", data_dir, process, output, settings)
     try:
-        yield RunningService(_address(process, output), data_dir, process, output)
+        service.url = _address(process, output)
+        yield service
     finally:
+        process = service.process
         process.send_signal(signal.SIGTERM)
         try:
             process.wait(STOP_S)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        if process.stdout is not None:
+        if process.stdout is not None and not process.stdout.closed:
             with process.stdout, output.open("a") as file:
                 file.write(process.stdout.read())
 
@@ -89,9 +110,14 @@ def wait_until(condition: Callable[[], Any]) -> Any:
 
 def kill_replica(service: RunningService, deployment: str) -> None:
     """End the one replica of a deployment as the kernel does when memory runs out."""
-    title = f"ray::ServeReplica:tokenline:{deployment}"
-    [replica] = [number for number, command in processes_of(service.data_dir).items() if command.startswith(title)]
+    [replica] = named(service.data_dir, f"ray::ServeReplica:tokenline:{deployment}")
     os.kill(replica, signal.SIGKILL)
+
+
+def named(data_dir: Path, title: str) -> list[int]:
+    """Return the processes of a service whose command begins so, or holds it as a word."""
+    found = processes_of(data_dir)
+    return [number for number, command in found.items() if command.startswith(title) or title in command.split()]
 
 
 def processes_of(data_dir: Path) -> dict[int, str]:

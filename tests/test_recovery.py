@@ -12,15 +12,12 @@ import pytest
 
 from tests.ingest_parts import encode, real_clip, simulated_camera, steady
 from tests.service import RunningService, kill_replica, running_service, wait_until
+from tests.service_crashes import SETTINGS, crash
 from tests.small_disk import CannotMount, fill, make_room, mounted
 from tests.test_store_connection import server_pid
 
 DISK_BYTES, SPARE_BYTES = 96 * 2**20, 8 * 2**20
-LEASES = {
-    "TOKENLINE_INGEST__LEASE_S": "4",
-    "TOKENLINE_INGEST__RENEW_S": "1",
-    "TOKENLINE_STORE__SPARE_BYTES": str(SPARE_BYTES),
-}
+QUICK = {**SETTINGS, "TOKENLINE_STORE__SPARE_BYTES": str(SPARE_BYTES)}
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +26,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService
     with ExitStack() as stack:
         with suppress(CannotMount):  # then the test that needs it is skipped
             stack.enter_context(mounted(folder / "data", DISK_BYTES))
-        yield stack.enter_context(running_service(folder, LEASES))
+        yield stack.enter_context(running_service(folder, QUICK))
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +126,8 @@ def test_a_disk_that_is_full_pauses_what_is_recorded_says_so_and_costs_nothing_t
         assert readiness(client) == {"status": "ok", "parts": dict.fromkeys(told["parts"], "ok"), "advice": {}}
         wait_until(lambda: "room" not in (health()["reason"] or ""))
     assert list(service.data_dir.rglob("*.tmp")) == []
+
+
+def test_under_load_nothing_is_lost_whoever_seals_and_answers_is_killed_or_all_of_it(service, tmp_path):
+    """The short form of `make crashes`; last, because the service is another one afterwards."""
+    assert crash(service, ("janitor", "qa", "everything"), 1, tmp_path).wrong == []
