@@ -149,7 +149,7 @@ def connect(url: str) -> StoreRedis:
 # The server must not outlive us, even if we are killed. PR_SET_PDEATHSIG would tie it to the thread that started it,
 # so a shell waits at the other end of a pipe: the kernel closes it with our process, and the shell stops the server.
 # The shell also starts a server again that a signal ended, such as the kernel's when memory runs out, and removes what
-# that server had begun to rewrite: nobody else would.
+# that server had begun to rewrite: nobody else would. It ends after all that hold the lock of the folder with it.
 _WATCHED = """
 exec 3<&0
 stopping=
@@ -171,6 +171,7 @@ while :; do
   sleep 0.2
 done
 kill "$watcher" 2>/dev/null
+wait "$watcher" 2>/dev/null
 exit "$status"
 """
 

@@ -54,6 +54,7 @@ WINDOW_S = 2.0  # for which a slow disk may hold up the append-only file
 STEP, BATCH, HOURS_AGO = 20, 60, 5000
 CLIP_S = 8
 LEASE_S = 10.0  # of who writes past hours
+SETTLE_S = 5.0  # frames on their way come to their end
 _PAUSE_S, _TAKES_S = 0.05, 30.0
 T = TypeVar("T")
 Kept = Mapping[int, bytes]  # tokens by slot
@@ -226,7 +227,10 @@ class ServiceCrashes:
         self._compare(kind, before, after, killed_at)
 
     def verdict(self) -> list[str]:
-        """Read everything once more, and return all that is wrong."""
+        """Stop the camera, read everything once more, and return all that is wrong."""
+        url = f"{self.service.url}/v1/streams/{self.load.camera}"
+        assert httpx.patch(url, json={"enabled": False}, timeout=_TAKES_S).status_code == 200
+        time.sleep(SETTLE_S)
         self.wrong += self._store(self._read_everything)
         self._require_gaps()
         return [*self.wrong, *self.load.wrong]
