@@ -128,6 +128,6 @@ def test_a_disk_that_is_full_pauses_what_is_recorded_says_so_and_costs_nothing_t
     assert list(service.data_dir.rglob("*.tmp")) == []
 
 
-def test_under_load_nothing_is_lost_whoever_seals_and_answers_is_killed_or_all_of_it(service, tmp_path):
+def test_under_load_nothing_is_lost_when_who_seals_is_killed_or_all_of_it(service, tmp_path):
     """The short form of `make crashes`; last, because the service is another one afterwards."""
-    assert crash(service, ("janitor", "qa", "everything"), 1, tmp_path).wrong == []
+    assert crash(service, ("janitor", "everything"), 1, tmp_path).wrong == []
