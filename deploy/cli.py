@@ -337,6 +337,15 @@ def _split(named: str, start: str | None, end: str | None) -> tuple[str, str | N
     return source_id, own_start or None, own_end or None
 
 
+def _range_of(source_id: str, start: str | None, end: str | None, now: datetime) -> Range:
+    """Return the range of a source, whose ends are written as its kind has them; None: an open end."""
+    ends: list[Time | None] = [
+        None if not at else parse_position(at) if source_id.startswith("vid_") else parse_moment(at, now)
+        for at in (start, end)
+    ]
+    return Range(source_id=source_id, start=ends[0], end=ends[1])
+
+
 def _bytes(gib: float | None) -> int | None:
     return None if gib is None else round(gib * 2**30)
 
@@ -443,12 +452,7 @@ class Export(Remote):
         display.print_json(held) if self.json_ else display.print_export(held, self.file)
 
     def _range(self) -> Range:
-        now = datetime.now(UTC)
-        ends: list[Time | None] = [
-            None if not at else parse_position(at) if self.source.startswith("vid_") else parse_moment(at, now)
-            for at in (self.from_, self.to)
-        ]
-        return Range(source_id=self.source, start=ends[0], end=ends[1])
+        return _range_of(self.source, self.from_, self.to, datetime.now(UTC))
 
 
 class Import(Remote):
@@ -501,12 +505,7 @@ class Recompute(Remote):
         return tuple(self._range(named, now) for named in self.source)
 
     def _range(self, named: str, now: datetime) -> Range:
-        source_id, start, end = _split(named, self.from_, self.to)
-        ends: list[Time | None] = [
-            None if not at else parse_position(at) if source_id.startswith("vid_") else parse_moment(at, now)
-            for at in (start, end)
-        ]
-        return Range(source_id=source_id, start=ends[0], end=ends[1])
+        return _range_of(*_split(named, self.from_, self.to), now)
 
 
 class ListRecomputations(Remote):

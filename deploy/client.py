@@ -21,6 +21,10 @@ from pydantic import BaseModel, ConfigDict, SecretStr, ValidationError
 DEFAULT_URL = "http://127.0.0.1:8000"
 CONNECT_TIMEOUT_S = 5.0
 READ_TIMEOUT_S = 60.0  # an answer's stream is never silent longer than its 15 s pings
+PASSING = frozenset({429, 503})  # errors that may be gone in a moment
+AWAY_POLL_S = 5.0  # while a service that is waited for does not answer
+MAX_AWAY_S = 600.0
+WAITING_POLL_S = 10.0  # while an hour is still recorded
 UPLOAD_TIMEOUT_S = 600.0  # the server answers an upload only when all of it is on its disk
 
 HourPart = Literal["frames", "keyframes"]
@@ -602,18 +606,28 @@ class Client:
         return Recomputation.model_validate(self._json("DELETE", f"/v1/recomputations/{recomputation_id}"))
 
     def wait_recomputation(
-        self, recomputation_id: str, *, on_progress: Callable[[Recomputation], None] | None = None, poll_s: float = 0.5
+        self, recomputation_id: str, *, on_progress: Callable[[Recomputation], None] | None = None, poll_s: float = 1.0
     ) -> Recomputation:
         """Return the recomputation once all is done; RecomputationFailed, with the reason, if it ends before."""
+        away_s = 0.0
         while True:
-            job = self.get_recomputation(recomputation_id)
+            try:
+                job = self.get_recomputation(recomputation_id)
+            except (Unreachable, ApiError) as error:
+                # It goes on without us, and outlives a service that is started again.
+                away_s += AWAY_POLL_S
+                if away_s > MAX_AWAY_S or (isinstance(error, ApiError) and error.status not in PASSING):
+                    raise
+                time.sleep(AWAY_POLL_S)
+                continue
+            away_s = 0.0
             if on_progress:
                 on_progress(job)
             if job.status == "done":
                 return job
             if job.status in ("failed", "cancelled"):
                 raise RecomputationFailed(f"recomputation {job.id} {job.status}: {job.reason or 'it was ended'}")
-            time.sleep(poll_s)
+            time.sleep(poll_s if job.waiting_until is None else max(poll_s, WAITING_POLL_S))
 
     def frames_kept(self, stream_id: str, since: datetime) -> int:
         """Return how many frames of a stream are in memory from `since` to now."""

@@ -31,6 +31,8 @@ class PortableWriter:
     """Writes a portable timeline. A context manager: the file is there when it is left without an error, else not."""
 
     def __init__(self, path: Path) -> None:
+        if not path.name or path.is_dir():
+            raise IsADirectoryError(f"{path} is a directory: name the file to be written")
         self._path = path
         self._draft = path.with_name(f".{path.name}.{uuid4().hex[:8]}.part")
 

@@ -6,11 +6,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-from deploy.client import ApiError, Client, HourPart, Imported, Range, TimelineExport, Unreachable
+from deploy.client import PASSING, ApiError, Client, HourPart, Imported, Range, TimelineExport, Unreachable
 from deploy.portable import PortableReader, PortableWriter
 
 PAUSES_S = (0.5, 2.0, 5.0, 15.0, 60.0)  # before the next try; a key's requests are counted by the minute
-PASSING = frozenset({429, 503})
 Told = Callable[[int, int], None]
 """Is told how many hours are done, and how many there are."""
 
@@ -59,11 +58,12 @@ def import_timeline(
                 _send(client, import_id, file, "keyframes", hour)
                 if on_progress:
                     on_progress(done + 1, len(file.hours))
-            return client.complete_import(import_id, frames)
         except BaseException:
             with suppress(ApiError, ConnectionError):  # the service gives it up by itself, only later
                 client.abandon_import(import_id)
             raise
+        # From here on nothing is given up: all of it is there, and it may be seen already.
+        return _patiently(client.complete_import, import_id, frames)
 
 
 def _send(client: Client, import_id: str, file: PortableReader, part: HourPart, hour: int) -> int:

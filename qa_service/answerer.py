@@ -5,9 +5,9 @@ import hashlib
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -113,9 +113,9 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class _Support:
-    """What supports an answer: citations, from a search that was `partial` or not, and a note if there can be none."""
+    """What supports an answer: moments, from a search that was `partial` or not, and a note if there can be none."""
 
-    citations: list[Citation] = field(default_factory=list)
+    moments: tuple[Moment, ...] = ()
     partial: bool = False
     note: str | None = None
 
@@ -262,14 +262,15 @@ class Answerer:
         finally:
             finding.cancel()
             await asyncio.gather(finding, return_exceptions=True)
-        yield AnswerCitations(citations=support.citations)
+        citations = _citations(plan, support.moments)  # of the plan as it turned out: a picture may be gone meanwhile
+        yield AnswerCitations(citations=citations)
         yield Answer(
             id=created.id,
             created=created.created,
             model=self._model_name,
             answer=answer,
             finish_reason="length" if made >= question.max_output_tokens else "stop",
-            citations=support.citations,
+            citations=citations,
             coverage=_coverage(plan, support),
             usage=self._usage(plan, made),
             timing_ms=Timing(load=load_ms, fusion=fusion_ms, first_token=first_token_ms, total=watch.ms()),
@@ -436,13 +437,7 @@ class Answerer:
         except (SearchUnavailable, QueueFull, ScalingUp) as error:
             logger.info("no citations: %s", error)
             return _Support(note=f"The answer has no citations: {error.message}")
-        sources = {one.reading.source.id: one.reading.source for one in plan.used}
-        pictured = {(one.reading.source.id, slot) for one in plan.used for slot in one.pictured.tolist()}
-        citations = [
-            _citation(sources[one.source_id], one, is_pictured=(one.source_id, one.slot) in pictured)
-            for one in found.moments
-        ]
-        return _Support(citations, found.partial)
+        return _Support(found.moments, found.partial)
 
     def _usage(self, plan: Plan, made: int) -> Usage:
         video_tokens = plan.frames * self._model.config.tokens_per_frame
@@ -471,6 +466,14 @@ def _coverage(plan: Plan, support: _Support) -> Coverage:
         ],
         notes=[one for one in notes if one is not None],
     )
+
+
+def _citations(plan: Plan, moments: Iterable[Moment]) -> list[Citation]:
+    sources = {one.reading.source.id: one.reading.source for one in plan.used}
+    pictured = {(one.reading.source.id, slot) for one in plan.used for slot in one.pictured.tolist()}
+    return [
+        _citation(sources[one.source_id], one, is_pictured=(one.source_id, one.slot) in pictured) for one in moments
+    ]
 
 
 def _citation(source: Source, moment: Moment, *, is_pictured: bool) -> Citation:

@@ -1,7 +1,7 @@
 """The REST surface: every route, one call each."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -74,7 +74,6 @@ from store.counters import Counters
 from store.events import EventType
 
 SAFETENSORS = "application/vnd.safetensors"
-PIECE_BYTES = 1 << 20
 CLIENT_GONE = 499  # nobody reads it; it stands in access logs
 EVENT_TYPES: tuple[EventType, ...] = get_args(EventType)
 
@@ -392,9 +391,9 @@ def _add_transfer(api: FastAPI, services: Services) -> None:
         end_slot: Slot = MAX_SLOT,
     ) -> Response:
         read = exports.frames if part == "frames" else exports.keyframes
-        content = await read(caller, source_id, hour, start_slot, end_slot)
+        outgoing = await read(caller, source_id, hour, start_slot, end_slot)
         return StreamingResponse(
-            _pieces(content), media_type=SAFETENSORS, headers={"Content-Length": str(len(content))}
+            outgoing, media_type=SAFETENSORS, headers={"Content-Length": str(len(outgoing.content))}
         )
 
     @api.post(
@@ -437,11 +436,6 @@ def _add_transfer(api: FastAPI, services: Services) -> None:
     )
     async def abandon_import(source_id: str, caller: Writer) -> ImportAbandoned:
         return await importer.abandon(caller, source_id)
-
-
-def _pieces(content: bytes) -> Iterator[bytes]:
-    """Cut what is sent, for proxies that hand on whole messages."""
-    return (content[at : at + PIECE_BYTES] for at in range(0, len(content), PIECE_BYTES))
 
 
 def _add_recomputations(api: FastAPI, services: Services) -> None:

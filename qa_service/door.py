@@ -97,6 +97,9 @@ class Door:
 
 def _is_counted_elsewhere(scope: Scope, headers: Headers) -> bool:
     """Whether a body is counted where it is written: uploads, and hours that are imported."""
-    if scope["method"] == "PUT":
-        return scope["path"].startswith("/v1/imports/")
-    return headers.get("content-type", "").startswith("multipart/form-data")
+    match scope["method"], scope["path"]:
+        case "PUT", path:
+            return str(path).startswith("/v1/imports/")
+        case "POST", "/v1/videos":
+            return headers.get("content-type", "").startswith("multipart/form-data")
+    return False

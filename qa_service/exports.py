@@ -1,14 +1,18 @@
 """Export: what is remembered of a source, hour by hour, to be kept in a file or taken to another service."""
 
 import asyncio
+import weakref
+from collections.abc import Iterator
+from threading import BoundedSemaphore
 
 from qa_service import clock
 from qa_service.coverage import RangeReader, Reading, asked_seconds
-from qa_service.errors import EmptyRange, StateConflict, inverted
+from qa_service.errors import EmptyRange, QueueFull, StateConflict, inverted
 from qa_service.keys import Caller
 from qa_service.schemas import TimelineExport
 from store.connection import StoreUnavailable
 from store.format import HOUR_SLOTS
+from store.gaps import Gap
 from store.hot import FrameNotKept
 from store.keyframes import Keyframes
 from store.portable import write_frames, write_keyframes
@@ -17,13 +21,33 @@ from store.sources import Source, Stream, Video
 from store.timeline import Timeline
 
 TRIES = 20  # of an hour from which something is erased again and again while it is read
+PIECE_BYTES = 1 << 20
+HOURS_OUT = 4  # that wait for their readers
 HOURS_AT_ONCE = 1  # that are put together: an hour of keyframes has some 150 MB
+
+
+class OutgoingHour:
+    """The bytes of an hour, in pieces: some proxies hand on whole messages alone.
+
+    It takes one of a few places in memory until nobody holds it any more, however its sending ends. QueueFull.
+    """
+
+    def __init__(self, places: BoundedSemaphore) -> None:
+        if not places.acquire(blocking=False):
+            raise QueueFull("Other hours are being exported; ask again in a moment.", retry_after_s=5)
+        weakref.finalize(self, places.release)
+        self.content = b""
+
+    def __iter__(self) -> Iterator[bytes]:
+        for at in range(0, len(self.content), PIECE_BYTES):
+            yield self.content[at : at + PIECE_BYTES]
 
 
 class Exports:
     """Gives out timelines. Raises StreamNotFound, VideoNotFound, SourceForbidden and StoreUnavailable.
 
-    Hours go out one by one: behind Ray's proxy a response lies in memory until its reader has all of it.
+    Hours go out one by one: behind Ray's proxy a response lies in memory until its reader has all of it. Beyond
+    HOURS_OUT that lie there QueueFull is raised.
     """
 
     def __init__(self, reader: RangeReader, timeline: Timeline, keyframes: Keyframes) -> None:
@@ -31,6 +55,7 @@ class Exports:
         self._timeline = timeline
         self._keyframes = keyframes
         self._room = asyncio.Semaphore(HOURS_AT_ONCE)
+        self._places = BoundedSemaphore(HOURS_OUT)
 
     async def describe(self, caller: Caller, source_id: str, start: str | None, end: str | None) -> TimelineExport:
         """Tell what [start, end) of a source holds; times left out: from the first frame, to the last.
@@ -56,22 +81,28 @@ class Exports:
             raise _empty(source_id)
         return _described(reading, self._timeline)
 
-    async def frames(self, caller: Caller, source_id: str, hour: int, start_slot: int, end_slot: int) -> bytes:
+    async def frames(self, caller: Caller, source_id: str, hour: int, start_slot: int, end_slot: int) -> "OutgoingHour":
         """Return the frames of an hour that lie in [start_slot, end_slot), of one moment. Raises EmptyRange."""
         start, end = await self._bounds(caller, source_id, hour, start_slot, end_slot)
+        outgoing = OutgoingHour(self._places)
         async with self._room:
             rows = await self._rows(source_id, start, end)
-            return await asyncio.to_thread(write_frames, self._timeline.format, hour, rows)
+            outgoing.content = await asyncio.to_thread(write_frames, self._timeline.format, hour, rows)
+        return outgoing
 
-    async def keyframes(self, caller: Caller, source_id: str, hour: int, start_slot: int, end_slot: int) -> bytes:
+    async def keyframes(
+        self, caller: Caller, source_id: str, hour: int, start_slot: int, end_slot: int
+    ) -> "OutgoingHour":
         """Return the keyframes of those frames; EmptyRange if none of them is kept."""
         start, end = await self._bounds(caller, source_id, hour, start_slot, end_slot)
         slots = (await self._timeline.slots(source_id, start, end)).tolist()
+        outgoing = OutgoingHour(self._places)
         async with self._room:
             jpegs = await self._keyframes.find(source_id, slots)
             if not jpegs:
                 raise _empty(source_id)
-            return await asyncio.to_thread(write_keyframes, hour, jpegs)
+            outgoing.content = await asyncio.to_thread(write_keyframes, hour, jpegs)
+        return outgoing
 
     async def _bounds(
         self, caller: Caller, source_id: str, hour: int, start_slot: int, end_slot: int
@@ -124,8 +155,13 @@ def _described(reading: Reading, timeline: Timeline) -> TimelineExport:
         end_slot=reading.end,
         format=timeline.format,
         hours=hours,
-        gaps=list(reading.gaps),
+        gaps=[_as_elsewhere(gap) for gap in reading.gaps],
     )
+
+
+def _as_elsewhere(gap: Gap) -> Gap:
+    """What only another model saw here was never seen where an export goes."""
+    return gap.model_copy(update={"reason": "not_registered"}) if gap.reason == "other_model" else gap
 
 
 def _duration(video: Video, end_slot: int) -> float:

@@ -31,7 +31,7 @@ from store.imports import IDLE_S, ImportedTooMuch, Imports, NewImport
 from store.keyframes import Keyframes
 from store.portable import DamagedHour, max_frames_bytes, read_frames, read_keyframes
 from store.room import Room
-from store.sources import StreamExists
+from store.sources import Stream, StreamExists
 from store.timeline import Timeline
 
 logger = logging.getLogger(__name__)
@@ -115,8 +115,14 @@ class Importer:
         raise StoreUnavailable(f"hour {hour} of {source_id} changes all the time; send it again")
 
     async def complete(self, caller: Caller, source_id: str, sent: ImportCompletion) -> ImportDone:
-        """Let everyone see the source. Raises StateConflict if frames are missing, and StreamTaken."""
+        """Let everyone see the source. Raises StateConflict if frames are missing, and StreamTaken.
+
+        Who did not get the answer may ask again.
+        """
         caller.require_new_sources()
+        if (known := await self._imports.completed(source_id)) is not None:
+            source, frames = known
+            return ImportDone(id=source_id, kind="stream" if isinstance(source, Stream) else "video", frames=frames)
         new = await self._imports.go_on(source_id)
         frames = await self._timeline.count(source_id)
         if frames != sent.frames:
@@ -126,7 +132,7 @@ class Importer:
                 details={"frames": frames},
             )
         with _name_taken():
-            await self._imports.complete(source_id)
+            await self._imports.complete(source_id, frames)
         logger.info("imported %s: %d frames of %r", source_id, frames, new.name)
         return ImportDone(id=source_id, kind=new.kind, frames=frames)
 

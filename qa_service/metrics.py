@@ -60,7 +60,8 @@ class Metrics:
             videos.labels(state).set(states[state])
 
     async def _put_sizes(self, registry: CollectorRegistry) -> None:
-        source_ids = [kept.source.id for kept in await self._sources.everything()]  # deleted ones have memory too
+        everything = await self._sources.everything()  # deleted ones have memory too
+        source_ids = [kept.source.id for kept in everything if not (kept.purge or kept.hidden)]
         tokens = (await self._tokens.totals(source_ids)).values()
         sizes = {
             "tokens_redis": sum(one.hot for one in tokens),

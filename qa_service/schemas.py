@@ -400,7 +400,8 @@ class ErasureReceipt(Body):
 
 
 _GAP_REASON = (
-    "`stream_down`, `decode_error`, `shed`, `not_registered`, `erased` (on demand) or `expired` (by retention)."
+    "`stream_down`, `decode_error`, `shed`, `store_full`, `not_registered`, `erased` (on demand), `expired` (by "
+    "retention) or `other_model` (kept, but only another model has looked)."
 )
 
 
@@ -445,8 +446,11 @@ class TimelineExport(Body):
     start_slot: Slot
     end_slot: Slot
     format: TokenFormat = Field(description="The model that made the tokens, and how they are laid out.")
-    hours: list[Slot] = Field(description="The hours that have frames; hour n holds 3,600 slots from n * 3,600 on.")
-    gaps: list[Gap] = Field(description="Which slots are absent, and why.")
+    hours: list[Slot] = Field(
+        max_length=100_000,
+        description="The hours that have frames; hour n holds 3,600 slots from n * 3,600 on.",
+    )
+    gaps: list[Gap] = Field(max_length=100_000, description="Which slots are absent, and why.")
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

@@ -20,6 +20,7 @@ PRECEDENCE: tuple[GapReason, ...] = (
     "decode_error",
     "store_full",
     "shed",
+    "other_model",
 )
 _LASTING: frozenset[GapReason] = frozenset({"erased", "expired"})
 

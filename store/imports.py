@@ -94,14 +94,27 @@ class Imports:
         """Return whether somebody may still be working at an import."""
         return bool(await self._redis.exists(_key(source_id)))
 
-    async def complete(self, source_id: str) -> Source:
-        """Let everyone see the source. ImportNotFound; StreamExists if its name was taken meanwhile."""
+    async def complete(self, source_id: str, frames: int) -> None:
+        """Let everyone see the source of so many frames. ImportNotFound; StreamExists if its name was taken meanwhile.
+
+        It is remembered for a while: who did not hear of it asks again.
+        """
+        await self._redis.set(_completed(source_id), frames, ex=IDLE_S)
         try:
-            source = await self._sources.reveal(source_id)
+            await self._sources.reveal(source_id)
         except SourceNotFound:
             raise ImportNotFound(source_id) from None
         await self._redis.delete(_key(source_id))
-        return source
+
+    async def completed(self, source_id: str) -> tuple[Source, int] | None:
+        """Return the source of an import that was completed not long ago, and its frames."""
+        frames: Any = await self._redis.get(_completed(source_id))
+        if frames is None:
+            return None
+        try:
+            return await self._sources.source(source_id), int(frames)
+        except SourceNotFound:  # it is hidden still, or was deleted
+            return None
 
     async def abandon(self, source_id: str) -> None:
         """Give an import up: the janitor erases what came of it. ImportNotFound."""
@@ -114,6 +127,10 @@ class Imports:
 
 def _key(source_id: str) -> str:
     return f"import:{{{source_id}}}"
+
+
+def _completed(source_id: str) -> str:
+    return f"import:{{{source_id}}}:completed"
 
 
 def _before(new: NewImport) -> list[Gap]:

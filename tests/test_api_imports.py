@@ -8,6 +8,7 @@ import shutil
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from qa_service.coverage import RangeReader
+from qa_service.errors import QueueFull
+from qa_service.exports import HOURS_OUT, Exports
+from qa_service.keys import Caller
 from qa_service.settings import ApiKey, ApiSettings
 from store.format import HOUR_SLOTS
 from store.gaps import Gap
@@ -111,7 +116,6 @@ async def test_an_import_is_seen_by_nobody_before_it_is_completed(parts, client,
     assert [one["id"] for one in (await client.get("/v1/videos")).json()["data"]] == [source_id]
     assert (await client.get(f"/v1/sources/{source_id}/frames/12")).content == keyframe(12, parts.encoder.input_size_px)
     again = [
-        await client.post(f"/v1/imports/{source_id}/complete", json={"frames": 20}),
         await put(client, source_id, "frames", exported.frames),
         await client.delete(f"/v1/imports/{source_id}"),
     ]
@@ -147,6 +151,31 @@ async def test_hours_that_are_sent_again_count_once(parts, client, exported):
         assert (await put(client, source_id, "frames", exported.frames)).status_code == 200
         assert (await put(client, source_id, "keyframes", exported.keyframes)).status_code == 200
     assert (await client.post(f"/v1/imports/{source_id}/complete", json={"frames": 20})).status_code == 200
+
+
+async def test_who_did_not_hear_that_it_is_completed_asks_again(parts, client, exported):
+    source_id = await begun(client, exported.contents)
+    await put(client, source_id, "frames", exported.frames)
+    done = [await client.post(f"/v1/imports/{source_id}/complete", json={"frames": 20}) for _ in range(2)]
+    assert [one.status_code for one in done] == [200, 200]
+    assert done[0].json() == done[1].json()
+    assert code(await put(client, source_id, "frames", exported.frames)) == (404, "import_not_found")
+    assert code(await client.delete(f"/v1/imports/{source_id}")) == (404, "import_not_found")
+    await client.delete(f"/v1/videos/{source_id}")
+    again = await client.post(f"/v1/imports/{source_id}/complete", json={"frames": 20})
+    assert code(again) == (404, "import_not_found")
+
+
+async def test_hours_that_nobody_reads_are_few(parts):
+    video = await parts.video(SLOTS, duration_s=30)
+    reader = RangeReader(parts.timeline, parts.keyframes, parts.sources, live_lag_s=5)
+    exports = Exports(reader, parts.timeline, parts.keyframes)
+    ask = partial(exports.frames, Caller("operator", frozenset({"streams:read"})), video.id, 0, 0, HOUR_SLOTS)
+    out = [await ask() for _ in range(HOURS_OUT)]
+    with pytest.raises(QueueFull):
+        await ask()
+    sent = len(b"".join(out.pop()))
+    assert sent == len(b"".join(await ask()))
 
 
 async def test_an_import_of_which_something_is_missing_is_not_completed(client, exported):

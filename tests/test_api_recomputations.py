@@ -100,6 +100,8 @@ async def test_until_then_what_another_model_saw_is_a_gap_that_says_so(parts, cl
     empty = await client.post("/v1/questions", json=asked)
     assert code(empty) == (422, "empty_range")
     assert [gap["reason"] for gap in empty.json()["error"]["details"]["sources"][0]["gaps"]] == ["other_model"]
+    told = (await client.get(f"/v1/sources/{stream.id}/export", params=times)).json()["gaps"]
+    assert {gap["reason"] for gap in told} == {"not_registered"}  # where it goes nobody ever saw them
     await client.post("/v1/recomputations", json={})
     await work(recomputer(parts))
     assert await gaps() == [before_it_was_registered]

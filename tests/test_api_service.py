@@ -212,6 +212,9 @@ async def test_a_body_that_is_too_large_is_refused(redis, checkpoint, tmp_path):
     async with open_parts(redis, checkpoint, tmp_path, api=settings) as parts, parts.client() as client:
         for path in ("/v1/questions", "/v1/videos"):
             assert code(await client.post(path, json={"question": "x" * 2000})) == (413, "file_too_large")
+        form = {"content-type": "multipart/form-data; boundary=b"}  # which is counted for uploads alone
+        long = await client.post("/v1/questions", content=b"x" * 2000, headers=form)
+        assert code(long) == (413, "file_too_large")
 
 
 async def test_a_store_that_is_away_is_told_with_a_time_to_come_back(checkpoint, tmp_path):

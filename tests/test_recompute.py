@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -508,12 +509,14 @@ async def test_live_frames_have_the_device_first(place, new):
     """Work that can wait begins when nothing else wants the device, and holds up what comes for one pass at most."""
     writer = place.writer(new)
     order: list[str] = []
+    begun, all_wait = threading.Event(), threading.Event()
     look = writer._encode
 
     def noted(name: str):
         def encode(keyframes: Sequence[bytes]) -> Encoded:
             order.append(name)
-            time.sleep(0.02)
+            begun.set()
+            assert all_wait.wait(60)
             return look(keyframes[:1])
 
         return encode
@@ -523,8 +526,10 @@ async def test_live_frames_have_the_device_first(place, new):
 
     writer._encode = noted("background")
     background = asyncio.create_task(writer.encode([b""] * 4 * PASS))
-    await asyncio.sleep(0.01)
+    assert await asyncio.to_thread(begun.wait, 60)
     lives = [asyncio.create_task(live()) for _ in range(3)]
+    await asyncio.sleep(0)  # each of them waits for the device now
+    all_wait.set()
     await asyncio.gather(background, *lives)
     assert order == ["background", *["live"] * 3, *["background"] * 3]
 

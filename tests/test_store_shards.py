@@ -24,6 +24,7 @@ from store.shard_cache import READS_AT_ONCE
 from store.shards import Shard, shard_bytes
 from store.sources import NewStream, NewVideo, Sources
 from store.timeline import Timeline
+from tests.ingest_parts import until
 from tests.test_store_moments import ALWAYS, FORMAT, NOON, WIDTH, direction, entry, unit
 
 FIRST = NOON // HOUR_SLOTS
@@ -177,7 +178,8 @@ async def test_searches_that_wait_for_the_same_hours_read_them_once_and_few_at_a
     GatedFileSystem.reads = 0
     loading = asyncio.create_task(moments.loader(gated.sources).load())
     searching = [asyncio.create_task(moments.search(direction(1), [Span(stream, *ALWAYS)], top_k=1)) for _ in range(5)]
-    await asyncio.sleep(0.5)
+    await until(lambda: GatedFileSystem.reads >= READS_AT_ONCE)
+    await asyncio.sleep(0.2)  # for one more, if there were any
     assert GatedFileSystem.reads == READS_AT_ONCE
     gate.set()
     await loading
