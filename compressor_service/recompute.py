@@ -163,10 +163,7 @@ class Recomputer:
                 continue
             for hour in await self._second.hours(job, source):
                 await self._go_on(job)
-                try:
-                    missing = len(await self._second.missing(job, source, hour))
-                except HourFileDamaged:
-                    missing = 1  # at least: what stands in the way is told when the hour has its turn
+                missing = len(await self._second.missing(job, source, hour))
                 if missing or job.drop_old:
                     hours[HourLeft(source_id, hour, missing)] = self._turn(source, hour)
         await self._go_on(job)

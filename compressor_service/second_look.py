@@ -64,7 +64,7 @@ class SecondLook:
         return [hour for hour in hours if self._spans(job, source, hour)]
 
     async def missing(self, job: Recomputation, source: Source, hour: int) -> NDArray[np.int64]:
-        """Return the slots of an hour that are wanted, have a keyframe and no token, ascending. HourFileDamaged."""
+        """Return the slots of an hour that are wanted, have a keyframe and no token, ascending."""
         kept = await self._memory.keyframes.slots(source.id, hour)
         wanted = np.zeros(len(kept), np.bool_)
         for start, end in self._spans(job, source, hour):

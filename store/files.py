@@ -1,6 +1,7 @@
 """Files of the store under one root: a local folder, or an object store by fsspec. Everything here blocks."""
 
 import errno
+import logging
 import os
 import re
 import uuid
@@ -12,6 +13,8 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from store.connection import NO_ROOM, StoreFull, StoreUnavailable
+
+logger = logging.getLogger(__name__)
 
 ERASE_TRIES = 5
 WRITE_ATTEMPTS = 10  # erasures remove empty folders; a write comes between them soon
@@ -177,6 +180,7 @@ def _write_whole(path: Path, content: bytes, *, synced: bool) -> None:
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}{_DRAFT}")
     for attempt in range(WRITE_ATTEMPTS):
         try:
+            new = [folder for folder in path.parents if not folder.exists()] if synced else []
             path.parent.mkdir(parents=True, exist_ok=True)
             with draft.open("wb") as file:
                 file.write(content)
@@ -185,7 +189,8 @@ def _write_whole(path: Path, content: bytes, *, synced: bool) -> None:
                     os.fsync(file.fileno())
             draft.replace(path)
             if synced:
-                _sync_folder(path.parent)
+                for folder in (path.parent, *(folder.parent for folder in new)):
+                    _sync_folder(folder)
             return
         except (FileNotFoundError, FileExistsError):  # an erasure removed an empty folder just now
             if attempt == WRITE_ATTEMPTS - 1:
@@ -212,8 +217,14 @@ def _named_failures(*, is_reading: bool = False) -> Iterator[None]:
         if is_reading:
             raise
         raise StoreUnavailable(_UNUSABLE.format("the folder vanished")) from None
+    except EOFError:
+        raise
     except OSError as error:
         if error.errno in NO_ROOM:
             raise StoreFull(_FULL) from error
         reason = error.strerror or type(error).__name__
         raise StoreUnavailable(_UNUSABLE.format(reason)) from error
+    except Exception as error:
+        # Object stores have errors of their own, one of which for a server that is away; their texts name addresses.
+        logger.warning("the object store failed with %s", type(error).__name__)
+        raise StoreUnavailable(_UNUSABLE.format(type(error).__name__)) from None

@@ -97,6 +97,11 @@ for i = 5, #ARGV, 3 do
     redis.call('UNLINK', tokens, presence, times, vectors)
     redis.call('ZREM', KEYS[1], ARGV[i])
     redis.call('HDEL', KEYS[4], 'b' .. ARGV[i])
+    local hour = math.floor(ARGV[i] / {BLOCKS_PER_HOUR})
+    local first = hour * {BLOCKS_PER_HOUR}
+    if redis.call('ZCOUNT', KEYS[1], first, first + {BLOCKS_PER_HOUR - 1}) == 0 then
+      redis.call('HDEL', KEYS[4], hour)
+    end
   end
 end
 redis.call('DECRBY', KEYS[2], erased)

@@ -4,10 +4,11 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
 
 from redis.asyncio import Redis
@@ -15,12 +16,12 @@ from redis.asyncio import Redis
 from store.connection import StoreUnavailable
 from store.format import HOUR_SLOTS
 from store.hot import has_tokens
-from store.hour_files import HourFileDamaged
 from store.imports import ImportNotFound, Imports
 from store.leases import Leases
 from store.memory import Erased, Memory
 from store.recovery import Recovery
 from store.retention import Retention
+from store.rounds import Rounds
 from store.settings import StoreSettings
 from store.sources import Kept, Source, Sources, Stream, Video
 from store.timeline import Timeline
@@ -28,17 +29,26 @@ from store.timeline import Timeline
 logger = logging.getLogger(__name__)
 
 LEASE_ID = "janitor"
+T = TypeVar("T")
+
+
+class LeaseLost(RuntimeError):
+    """Another janitor works now: this one took too long."""
 
 
 @dataclass(frozen=True, slots=True)
 class SweepReport:
-    """What one sweep did: hours sealed; frames, keyframes and uploaded files erased; sources forgotten."""
+    """What one sweep did: hours sealed; frames, keyframes and uploaded files erased; sources forgotten.
+
+    `left_out` counts sources and hours whose files could not be read or written.
+    """
 
     sealed: int = 0
     frames: int = 0
     keyframes: int = 0
     uploads: int = 0
     sources: int = 0
+    left_out: int = 0
 
 
 class Janitor:
@@ -54,49 +64,57 @@ class Janitor:
         self._leases = Leases(redis)
         self._imports = Imports(redis, sources)
         self._owner = f"janitor-{uuid4().hex[:12]}"
-        self._retention = Retention(redis, sources, memory, settings)
+        self._held: dict[str, int] = {}
+        self._renewed = 0.0
+        self._rounds = Rounds(redis)
+        self._retention = Retention(redis, sources, memory, settings, self._rounds)
         self._unpacked: dict[str, set[int]] = {}  # full hours by source whose keyframes are not packed yet
         self._clean: frozenset[str] = frozenset()  # sources to forget of which the last sweep found nothing more
 
     async def run(self) -> None:
         """Sweep until cancelled, and give the lease back then."""
-        held: dict[str, int] = {}
         try:
             while True:
                 try:
-                    held = await self._hold(held)
-                    if held:
+                    await self._hold()
+                    if self._held:
                         await self._recover()
                         await self.sweep()
-                except StoreUnavailable as error:
+                except (StoreUnavailable, LeaseLost) as error:
                     logger.warning("sweep put off: %s", error)
                 except Exception:
                     logger.exception("sweep failed; the next one tries again")
                 await asyncio.sleep(self._settings.janitor_interval_s)
         finally:
             with contextlib.suppress(StoreUnavailable):  # then the lease runs out by itself
-                await self._leases.release(self._owner, held)
+                await self._leases.release(self._owner, self._held)
 
     async def sweep(self) -> SweepReport:
         """Erase and seal once what is due. StoreUnavailable if it could not be finished; the next sweep goes on.
 
+        What cannot be read or written of one source is left out, and does not hold up the others.
         Sealing comes last: on a disk that is full, the rest makes room for it. StoreFull if that was not enough.
         """
+        before = self._rounds.left_out
         everything = [kept for kept in await self._sources.everything() if not await self._is_coming(kept)]
-        erased = Erased()
-        clean, stays = set(), []
+        stays: list[Source] = []
+        leaves: list[Source] = []
         for kept in everything:
-            if not await self._leaves(kept):
-                stays.append(kept.source)
-            elif (purged := await self._memory.erase(kept.source.id)) == Erased():
-                clean.add(kept.source.id)
-            else:
-                erased += purged
+            (leaves if await self._leaves(kept) else stays).append(kept.source)
+        clean: set[str] = set()
+
+        async def purge(source: Source) -> Erased:
+            await self._recovery.forget(source.id)
+            purged = await self._memory.erase(source.id)
+            if purged == Erased():
+                clean.add(source.id)
+            return purged
+
+        erased = sum(await self._for_each(leaves, purge), Erased())
         erased += await self._retention.sweep(stays)
         # A frame may still be on its way when a source is purged: only one found empty twice is forgotten.
         forgotten = clean & self._clean
         for source_id in forgotten:
-            await self._recovery.forget(source_id)
             await self._sources.forget(source_id)
             self._retention.forget(source_id)
             self._unpacked.pop(source_id, None)
@@ -106,10 +124,12 @@ class Janitor:
         videos = [kept.source for kept in everything if isinstance(kept.source, Video) and not kept.purge]
         uploads = await asyncio.to_thread(self._erase_uploads, videos)
         await asyncio.to_thread(self._settings.room.check)
-        for source in stays:
-            await self._recovery.note(source)
-        sealed = sum([await self._seal(source) for source in stays])
-        report = SweepReport(sealed, erased.frames.total, erased.keyframes, uploads, len(forgotten))
+        await self._for_each(stays, self._recovery.note)
+        sealed = sum(await self._for_each(stays, self._seal))
+        # Redis holds what is not sealed: the pictures of one source must not keep the next one's frames there.
+        await self._for_each(stays, self._pack)
+        left_out = self._rounds.left_out - before
+        report = SweepReport(sealed, erased.frames.total, erased.keyframes, uploads, len(forgotten), left_out)
         if report != SweepReport():
             logger.info("swept %s", report)
         return report
@@ -117,19 +137,38 @@ class Janitor:
     async def _recover(self) -> None:
         """Look for what Redis may have lost, once at first and after each start of it: it may lack its last seconds."""
         about: Any = await self._redis.info("server")
-        if self._recovered != about["run_id"]:
-            await self._recovery.run()
+        if self._recovered == about["run_id"]:
+            return
+        try:
+            await self._recovery.run(before_each=self._stay)
             self._recovered = about["run_id"]
+        except StoreUnavailable as error:  # a sweep may be what helps: on a full disk it makes room
+            logger.error("what Redis may have lost is looked for later: %s", error)
 
-    async def _hold(self, held: dict[str, int]) -> dict[str, int]:
+    async def _for_each(self, sources: Sequence[Source], act: Callable[[Source], Awaitable[T]]) -> list[T]:
+        async def staying(source: Source) -> T:
+            await self._stay()
+            return await act(source)
+
+        return await self._rounds.for_each(sources, staying, lambda source: source.id)
+
+    async def _stay(self) -> None:
+        """Keep the lease during long work. Raises LeaseLost if another janitor has it."""
+        if self._held and time.monotonic() - self._renewed > self._settings.janitor_interval_s:
+            await self._hold()
+            if not self._held:
+                raise LeaseLost("another janitor goes on with it")
+
+    async def _hold(self) -> None:
+        """Take or keep the lease, or see that another janitor has it."""
         ttl_s = 3 * self._settings.janitor_interval_s
-        if held and not await self._leases.renew(self._owner, held, ttl_s):
-            return held
-        taken = await self._leases.acquire_many([LEASE_ID], self._owner, ttl_s)
-        if taken:  # another one was here last: what this one remembers may be wrong by now
+        self._renewed = time.monotonic()
+        if self._held and not await self._leases.renew(self._owner, self._held, ttl_s):
+            return
+        self._held = await self._leases.acquire_many([LEASE_ID], self._owner, ttl_s)
+        if self._held:  # another one was here last: what this one remembers may be wrong by now
             self._unpacked.clear()
             self._retention.forget_all()
-        return taken
 
     async def _is_coming(self, kept: Kept) -> bool:
         """Return whether a source is being imported. An import that has stopped is purged from the next sweep on."""
@@ -157,24 +196,23 @@ class Janitor:
             if is_new:
                 loose = await self._memory.keyframes.loose_hours(source.id)
                 self._unpacked[source.id] = {hour for hour in loose if hour < before}
-            for hour in (one for one in hours if one < before):
-                self._unpacked[source.id].add(hour)
-                try:
-                    sealed += await timeline.seal(source.id, hour)
-                except HourFileDamaged as error:
-                    logger.error("hour %d of %s stays in Redis: %s", hour, source.id, error)
-        await self._pack(source.id)
+            full = [hour for hour in hours if hour < before]
+            self._unpacked[source.id].update(full)
+            sealed += sum(await self._for_each_hour(source, full, partial(timeline.seal, source.id)))
         return sealed
 
-    async def _pack(self, source_id: str) -> None:
+    async def _pack(self, source: Source) -> None:
         """Pack the keyframes of full hours; one that changes meanwhile has its turn later."""
-        hours = self._unpacked.get(source_id, set())
-        for hour in sorted(hours):
-            try:
-                if await self._memory.keyframes.pack(source_id, hour):
-                    hours.discard(hour)
-            except HourFileDamaged as error:
-                logger.error("keyframes of hour %d of %s stay as they are: %s", hour, source_id, error)
+        hours = self._unpacked.get(source.id, set())
+
+        async def pack(hour: int) -> None:
+            if await self._memory.keyframes.pack(source.id, hour):
+                hours.discard(hour)
+
+        await self._for_each_hour(source, sorted(hours), pack)
+
+    async def _for_each_hour(self, source: Source, hours: Iterable[int], act: Callable[[int], Awaitable[T]]) -> list[T]:
+        return await self._rounds.for_each(hours, act, lambda hour: f"hour {hour} of {source.id}")
 
     async def _full_before(self, source: Source, timeline: Timeline) -> int:
         """Return the slot before which no more frames of a source are expected."""

@@ -46,7 +46,12 @@ class Keyframes:
         for (source_id, slot), jpeg in jpegs.items():
             sizes[source_id, slot // HOUR_SLOTS] += len(jpeg)
         await self._loose.add(sizes)
-        await asyncio.to_thread(self._files.write, files)
+        try:
+            await asyncio.to_thread(self._files.write, files)
+        except StoreUnavailable:  # or bytes that were never written would make retention end others
+            for (source_id, hour), nbytes in sizes.items():
+                await self._loose.take(source_id, hour, nbytes)
+            raise
 
     async def get(self, source_id: str, slot: int) -> bytes:
         """Return one keyframe; FrameNotKept."""
@@ -107,7 +112,8 @@ class Keyframes:
 
     async def slots(self, source_id: str, hour: int) -> NDArray[np.int64]:
         """Return the slots of an hour that have a keyframe, ascending."""
-        loose = list(await asyncio.to_thread(self._files_of, source_id, hour))  # first, as above
+        is_noted = hour in await self._loose.read(source_id)  # first, as above; a listing costs money
+        loose = list(await asyncio.to_thread(self._files_of, source_id, hour)) if is_noted else []
         packed = await self._packed.between(source_id, hour, hour)
         return np.unique(np.concatenate([np.array(loose, np.int64), *(pack.slots for pack in packed)]))
 
@@ -161,9 +167,9 @@ class Keyframes:
         changes = await self._packed.changes(source_id, found.hour)
         return await self._packed.replace(source_id, found.hour, lost, found, changes=changes)
 
-    async def packed(self, source_id: str) -> list[Pack]:
-        """Return the packs of the hours that are packed, in order."""
-        return await self._packed.between(source_id)
+    async def packed(self, source_id: str, first: int | None = None, last: int | None = None) -> list[Pack]:
+        """Return the packs of the hours first to last that are packed, in order; None leaves a side unbounded."""
+        return await self._packed.between(source_id, first, last)
 
     async def restore(self, source_id: str, hour: int, jpegs: Mapping[int, bytes]) -> bool:
         """Add keyframes of an hour that is over straight to its pack; those that are packed stay as they are.

@@ -10,13 +10,11 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 from redis.asyncio import Redis
 
 from store.files import Files
-from store.format import HOUR_SLOTS
+from store.format import hours_of
 from store.hour_files import HourFileDamaged, HourFileGone, HourFiles, HourManifest
 from store.keys import KeyframeKeys, TimelineKeys
 from store.memory import Memory
@@ -28,6 +26,7 @@ from store.timeline import Timeline
 logger = logging.getLogger(__name__)
 
 _NOTE = "source.json"
+_EVER = 1 << 62
 M = TypeVar("M", bound=HourManifest)
 
 
@@ -85,10 +84,12 @@ class Recovery:
         await asyncio.to_thread(self._files.remove_if_empty, [self._files.folder(source_id, "note")])
         self._noted.pop(source_id, None)
 
-    async def run(self) -> Recovered:
+    async def run(self, before_each: Callable[[], Awaitable[None]] | None = None) -> Recovered:
         """Let every file count that should, of every source that the registry knows or that has left a note."""
         done = Recovered()
         for source_id in await asyncio.to_thread(self._files.sources):
+            if before_each is not None:
+                await before_each()
             try:
                 await self._sources.source(source_id)
             except SourceNotFound:
@@ -134,6 +135,7 @@ class Recovery:
         done = await self._recover_packs(source_id, packs, listed.pop(LABEL))
         for fingerprint, files_by_hour in listed.items():
             done += await self._recover_segments(source_id, known.get(fingerprint, {}), files_by_hour)
+        await self._finish_erasures(source_id)
         return done
 
     async def _recover_segments(
@@ -142,11 +144,7 @@ class Recovery:
         async def adopt(hour: int, file: str, lost: Manifest | None) -> bool:
             format, found = await self._segments.describe(source_id, hour, file)
             timeline = Timeline(self._redis, format, self._segments)
-            if not await timeline.adopt(source_id, found, lost):
-                return False
-            for start, end in await self._erased(source_id, hour, found.slots):
-                await timeline.erase(source_id, start, end)
-            return True
+            return await timeline.adopt(source_id, found, lost)
 
         counts = await _recover(source_id, known, listed, adopt, self._segments)
         return Recovered(hours=counts[0], lost=counts[1])
@@ -156,11 +154,7 @@ class Recovery:
     ) -> Recovered:
         async def adopt(hour: int, file: str, lost: Pack | None) -> bool:
             found = await self._packs.describe(source_id, hour, file)
-            if not await self._memory.keyframes.adopt(source_id, found, lost):
-                return False
-            for start, end in await self._erased(source_id, hour, found.slots):
-                await self._memory.keyframes.erase(source_id, start, end)
-            return True
+            return await self._memory.keyframes.adopt(source_id, found, lost)
 
         counts = await _recover(source_id, known, listed, adopt, self._packs)
         return Recovered(packs=counts[0], lost=counts[1])
@@ -171,14 +165,21 @@ class Recovery:
         found: Any = await self._redis.sunion(keys)
         return frozenset(file.decode() for file in found)
 
-    async def _erased(self, source_id: str, hour: int, slots: NDArray[np.int64]) -> list[tuple[int, int]]:
-        """Return the ranges [start, end) of an hour that were erased and of which a file has some of its slots (n,).
-
-        An erasure died before it removed that file.
-        """
-        gaps = await self._sources.gaps(source_id, hour * HOUR_SLOTS, (hour + 1) * HOUR_SLOTS)
-        erased = [(gap.start_slot, gap.end_slot) for gap in gaps if gap.reason == "erased"]
-        return [(start, end) for start, end in erased if ((slots >= start) & (slots < end)).any()]
+    async def _finish_erasures(self, source_id: str) -> None:
+        """Erase what is said to be erased and is there: an erasure died before it had removed all of its files."""
+        timelines = await self._memory.timelines(source_id)
+        for gap in await self._sources.gaps(source_id, 0, _EVER):
+            if gap.reason != "erased":
+                continue
+            start, end = gap.start_slot, gap.end_slot
+            for timeline in timelines:
+                if len(await timeline.slots(source_id, start, end)):
+                    await timeline.erase(source_id, start, end)
+            first, last = hours_of(start, end)
+            for pack in await self._memory.keyframes.packed(source_id, first, last):
+                if ((pack.slots >= start) & (pack.slots < end)).any():
+                    await self._memory.keyframes.erase(source_id, start, end)
+                    break
 
     def _note(self, source_id: str) -> str:
         return f"{self._files.folder(source_id, 'note')}/{_NOTE}"

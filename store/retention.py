@@ -6,13 +6,15 @@ hours, and an hour that may still get frames is never taken for them.
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from heapq import heapify, heappop, heappush
+from typing import TypeVar
 
 from redis.asyncio import Redis
 
 from store.format import HOUR_SLOTS
 from store.memory import Erased, Memory
+from store.rounds import Rounds
 from store.settings import StoreSettings
 from store.sizes import Hours, KeyframeHours, TokenHours
 from store.sources import Source, Sources, Stream
@@ -22,12 +24,14 @@ logger = logging.getLogger(__name__)
 
 KEYFRAME_STEP_SLOTS = 600  # listing an object store costs money: retention of keyframes moves in steps of ten minutes
 _NEVER = 1 << 62
+T = TypeVar("T")
 
 
 class Retention:
     """Ends the memory of sources where limits are passed. Raises StoreUnavailable."""
 
-    def __init__(self, redis: Redis, sources: Sources, memory: Memory, settings: StoreSettings) -> None:
+    def __init__(self, redis: Redis, sources: Sources, memory: Memory, settings: StoreSettings, rounds: Rounds) -> None:
+        self._rounds = rounds
         self._sources = sources
         self._memory = memory
         self._settings = settings
@@ -41,14 +45,15 @@ class Retention:
     async def sweep(self, sources: Sequence[Source]) -> Erased:
         """End what is over. Stopped at any point, the next sweep goes on from there."""
         now = time.time()
-        erased = Erased()
-        for source in sources:
+
+        async def end_old(source: Source) -> Erased:
             if source.id not in self._counted:
                 await self._tokens.recount(source.id)
                 await self._memory.keyframes.recount(source.id)
                 self._counted.add(source.id)
-            if isinstance(source, Stream):
-                erased += await self._end_old(source, now)
+            return await self._end_old(source, now) if isinstance(source, Stream) else Erased()
+
+        erased = sum(await self._for_each(sources, end_old), Erased())
         # A picture is nothing without its frame: tokens first, so that keyframes are counted without theirs.
         erased += await self._make_room_for_tokens(sources, now)
         return erased + await self._make_room_for_keyframes(sources, now)
@@ -64,6 +69,9 @@ class Retention:
         self._counted.clear()
         self._noted.clear()
         self._steps.clear()
+
+    async def _for_each(self, sources: Iterable[Source], act: Callable[[Source], Awaitable[T]]) -> list[T]:
+        return await self._rounds.for_each(sources, act, lambda source: source.id)
 
     # By age
 
@@ -113,18 +121,23 @@ class Retention:
         counted = [one.id for one in sources if limit is not None or one.id in own]
         kept = {source_id: one.total for source_id, one in (await self._tokens.totals(counted)).items()}
         ends = await self._ends(self._tokens, "tokens", sources, kept, own, limit, now)
-        erased = Erased()
-        for source in (one for one in sources if one.id in ends):
-            erased += await self._end_frames(source, ends[source.id])
-            erased += Erased(keyframes=await self._memory.keyframes.expire(source.id, ends[source.id]))
-        return erased
+
+        async def end(source: Source) -> Erased:
+            erased = await self._end_frames(source, ends[source.id])
+            return erased + Erased(keyframes=await self._memory.keyframes.expire(source.id, ends[source.id]))
+
+        return sum(await self._for_each([one for one in sources if one.id in ends], end), Erased())
 
     async def _make_room_for_keyframes(self, sources: Sequence[Source], now: float) -> Erased:
         own = {one.id: one.keyframe_bytes for one in sources if isinstance(one, Stream) and one.keyframe_bytes}
         limit = self._settings.retention_max_keyframe_bytes
         kept = await self._keyframes.totals([one.id for one in sources if limit is not None or one.id in own])
         ends = await self._ends(self._keyframes, "keyframes", sources, kept, own, limit, now)
-        return Erased(keyframes=sum([await self._memory.keyframes.expire(*end) for end in ends.items()]))
+
+        async def end(source: Source) -> int:
+            return await self._memory.keyframes.expire(source.id, ends[source.id])
+
+        return Erased(keyframes=sum(await self._for_each([one for one in sources if one.id in ends], end)))
 
     async def _ends(
         self,

@@ -14,6 +14,7 @@ from store.segments import Manifest
 
 _HOURS_PER_COMMAND = 1000
 _ANY_MARK = "*"
+_CHANGES_KEPT_S = 24 * 3600  # longer than anybody packs an hour
 _DISOWNED_S = 24 * 3600  # who disowns a file removes it at once
 
 # KEYS: changes, sealed hours, manifests, totals, disowned files.
@@ -186,8 +187,7 @@ class _Hours(ABC, Generic[M, K]):
         for hour in await files.hours(source_id):
             if (first is not None and hour < first) or (last is not None and hour > last):
                 continue
-            if found := await files.files(source_id, hour, label):
-                await self.touch(source_id, hour)  # who reads the hour just now would write what is erased
+            found = await files.files(source_id, hour, label)
             await files.remove(source_id, hour, *await self.disown(source_id, hour, *found))
 
     async def _manifests(self, keys: K, hours: Sequence[int]) -> list[M]:
@@ -278,7 +278,8 @@ class PackedHours(_Hours[Pack, KeyframeKeys]):
     async def drop(self, source_id: str) -> None:
         """Forget all hours of a source; whoever packs one of them just now fails."""
         keys = self.keys(source_id)
-        await self._redis.delete(keys.hours, keys.sealed, keys.totals, keys.changes)
+        await self._redis.delete(keys.hours, keys.sealed, keys.totals)
+        await self._redis.expire(keys.changes, _CHANGES_KEPT_S)  # without its marks nothing would have changed
 
 
 def _text(manifest: HourManifest | None) -> str:

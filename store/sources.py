@@ -536,8 +536,10 @@ class Sources:
             new = NewVideo(**source.model_dump(include=set(NewVideo.model_fields)))
             record = _VideoRecord(id=source.id, new=new, created_at=source.created_at)
             status = VideoStatus(**source.model_dump(include=set(VideoStatus.model_fields)))
+            if not await self._replace_video(None, record):
+                return False
             await self._redis.set(_status_key(source.id), status.model_dump_json())
-            return await self._replace_video(None, record)
+            return True
         stream = source.model_copy(update={"enabled": False, "has_password": False})
         try:
             done = await self._replace_stream(None, _StreamRecord(stream=stream, secret=None))

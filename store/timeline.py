@@ -17,7 +17,7 @@ from redis.asyncio import Redis
 from store.connection import StoreUnavailable
 from store.format import BLOCKS_PER_HOUR, HOUR_SLOTS, TIME_DTYPE, VECTOR_DTYPE, TokenFormat, hours_of
 from store.hot import Entry, FrameNotKept, HotTimeline, formats_of
-from store.hour_files import HourFileGone
+from store.hour_files import HourFileDamaged, HourFileGone
 from store.keys import BLOCK_MARK, SEALED_MARK
 from store.sealed import SealedHours
 from store.segments import Hour, Manifest, Part, Segments
@@ -307,6 +307,8 @@ class Timeline:
                 if not sealed:
                     return await self._hot.rows(source_id, slots, _HOT_PARTS[part], row_bytes)
                 return await self._mixed_rows(source_id, slots, sealed, part, row_bytes)
+            except HourFileDamaged as error:
+                raise StoreUnavailable(f"{error}: restore the file, or erase the hour") from None
             except (FrameNotKept, HourFileGone) as error:
                 # Sealed or erased between the looks? Only what is absent twice in the same state is not kept.
                 if sealed == before:

@@ -2,12 +2,14 @@
 
 import asyncio
 
+import fsspec
 import pytest
 
 from store.cipher import Cipher, WrongKey
 from store.connection import StoreRedis, StoreUnavailable
 from store.hot import FrameNotKept
 from store.keyframes import Keyframes
+from store.loose import LooseHours
 
 NOON = 1_800_000_000
 
@@ -106,6 +108,26 @@ async def test_an_unusable_root_is_reported_without_its_path(redis, tmp_path):
         with pytest.raises(StoreUnavailable, match="TOKENLINE_STORE__SEGMENTS_URL") as caught:
             await writing
         assert str(tmp_path) not in str(caught.value)
+
+
+async def test_an_object_store_that_is_away_is_said_to_be(redis, s3_root, monkeypatch):
+    nobody = {"endpoint_url": "http://127.0.0.1:1", "config_kwargs": {"retries": {"max_attempts": 0}}}
+    monkeypatch.setitem(fsspec.config.conf, "s3", nobody)
+    keyframes = Keyframes(redis, "s3://tokenline/away")
+    for asked in (keyframes.put("str_a", 1, b"x"), keyframes.get("str_a", 1), keyframes.erase("str_a")):
+        with pytest.raises(StoreUnavailable) as raised:
+            await asked
+        assert "127.0.0.1" not in str(raised.value)
+
+
+async def test_what_could_not_be_written_does_not_count(redis, tmp_path):
+    keyframes, loose = Keyframes(redis, str(tmp_path)), LooseHours(redis)
+    await keyframes.put("str_a", 1, b"four")
+    (tmp_path / "str_b").write_text("a file where a folder is needed")
+    with pytest.raises(StoreUnavailable):
+        await keyframes.put_many({("str_a", 2): b"more", ("str_b", 1): b"none"})
+    assert {hour: one.nbytes for hour, one in (await loose.read("str_a")).items()} == {0: 4}
+    assert await loose.read("str_b") == {}
 
 
 async def test_a_usable_root_is_writable_and_left_as_it_was(keyframes, tmp_path):

@@ -11,7 +11,7 @@ from store.format import HOUR_SLOTS
 from store.hot import FrameNotKept
 from store.hour_files import HourFileDamaged
 from store.keyframes import Keyframes
-from store.packs import LABEL, Pack
+from store.packs import LABEL, Pack, Packs
 
 FIRST = 500_000
 START = FIRST * HOUR_SLOTS
@@ -97,8 +97,26 @@ async def test_erasing_takes_packed_keyframes_and_their_bytes(redis, tmp_path):
     assert await keyframes.erase("str_a", low, high) == 0
     assert await keyframes.erase("str_a") == len(left)
     assert list(tmp_path.iterdir()) == []
-    assert await redis.keys("kf:*") == [b"kf:{str_a}:disowned"]  # names of files, which fade
-    assert await redis.ttl("kf:{str_a}:disowned") > 0
+    assert set(await redis.keys("kf:*")) <= {b"kf:{str_a}:disowned", b"kf:{str_a}:changes"}  # no pictures, and
+    assert all([await redis.ttl(key) > 0 for key in await redis.keys("kf:*")])  # both fade
+
+
+async def test_an_hour_that_is_packed_while_all_is_erased_does_not_come_back(redis, tmp_path, monkeypatch):
+    keyframes = Keyframes(redis, str(tmp_path))
+    await remember(keyframes, range(START, START + 100))
+    write = Packs.write
+
+    async def erased_first(self, *arguments):
+        written = await write(self, *arguments)
+        monkeypatch.setattr(Packs, "write", write)
+        assert await keyframes.erase("str_a") == 100
+        return written
+
+    monkeypatch.setattr(Packs, "write", erased_first)
+    assert not await keyframes.pack("str_a", FIRST)
+    with pytest.raises(FrameNotKept):
+        await keyframes.get("str_a", START)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 async def test_what_expires_is_taken_by_the_hour_where_it_is_packed(keyframes):
