@@ -132,6 +132,7 @@ def test_an_exact_answer_about_a_video_is_the_offline_models_id_for_id(service, 
         "stride": 1,
         "text_fusion": "exact",
         "fusion_frames": 6,
+        "partial": False,
         "gaps": [],
         "notes": [],
     }

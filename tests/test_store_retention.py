@@ -452,9 +452,16 @@ async def test_janitors_that_work_at_once_take_no_more_than_one_does(place):
     kept = sum(one.total for one in (await place.tokens.totals(ids)).values())
     one = await place.tokens.nbytes(ids[0], now - 5)
     limits = {"retention_max_bytes": kept - 6 * one + 50}
-    for _ in range(2):
-        await asyncio.gather(*(place.janitor(**limits).sweep() for _ in range(4)))
-    assert [await place.hours(source_id) for source_id in ids] == [list(range(now - 3, now))] * 3
+    working = [asyncio.create_task(place.janitor(janitor_interval_s=0.05, **limits).run()) for _ in range(4)]
+    wanted, deadline = [list(range(now - 3, now))] * 3, time.monotonic() + 30
+    while [await place.hours(source_id) for source_id in ids] != wanted:
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.05)
+    await asyncio.sleep(0.5)  # for one that would take more
+    for one_of_four in working:
+        one_of_four.cancel()
+    await asyncio.gather(*working, return_exceptions=True)
+    assert [await place.hours(source_id) for source_id in ids] == wanted
     await place.check_counts(*ids)
 
 
