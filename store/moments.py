@@ -9,9 +9,12 @@ loaded when the process starts, and a search makes those it misses itself, for a
 
 import asyncio
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from heapq import merge
+from operator import itemgetter
 from typing import Self
 
 import numpy as np
@@ -19,8 +22,9 @@ from numpy.typing import NDArray
 
 from store.connection import StoreUnavailable
 from store.format import HOUR_SLOTS
+from store.hour_states import UNKNOWN, HourState, Run, SourceHours
 from store.settings import StoreSettings
-from store.shard_cache import HourState, ShardCache, each
+from store.shard_cache import SOURCES_AT_ONCE, ShardCache, each
 from store.shard_loader import ShardLoader
 from store.shards import Rows, Shard, search_on_this_thread
 from store.sources import Sources
@@ -30,6 +34,7 @@ NEIGHBOUR_SLOTS = 2  # hits at most so far apart are one moment: one frame of an
 HITS_PER_MOMENT = 8  # frames that are looked at for each moment that is asked for, so that moments get their extent
 FIRST_HITS = 64  # of each shard; FAISS is as quick to return them as to return one
 DEEPER = 4  # times as many of a shard that may have more good ones
+HOURS_PER_READ = 24  # of which only the presence is read: some 20 us each on the event loop
 MAX_THREADS = 8  # more only wait for memory
 
 
@@ -106,20 +111,13 @@ class Moments:
         query = self._checked(vector)
         if top_k < 1:
             return Found((), 0, 0)
-        parts = await self._parts(spans, slots or {})
-        looks, missing = [], []
-        for part in parts:
-            shard = self._cache.get(part.state)
-            if shard is None:
-                missing.append(part)
-            else:
-                looks.append(_Look(part, shard))
-        made, failures = await self._made(missing)
-        if failures and not looks and not made:
+        asked = await self._asked(spans, slots or {})
+        held = self._held(asked)
+        made, failures = await self._made(asked, {look.part.state.key for look in held})
+        if failures and not held and not made:
             raise failures[0]
-        looks = [look for look in (*looks, *made) if look.frames]
-        seen = {look.part.state.key for look in made}
-        left_out = sum([await self._frames(part) for part in missing if part.state.key not in seen])
+        left_out = await self._left_out(asked, [look.part.state.key for look in (*held, *made)])
+        looks = sorted((look for look in (*held, *made) if look.frames), key=lambda look: -look.part.state.hour)
         searched = sum(look.frames for look in looks)
         moments = await self._moments(query, looks, top_k, -np.inf if min_score is None else min_score)
         return Found(tuple(moments), searched + left_out, searched)
@@ -135,38 +133,64 @@ class Moments:
             raise ValueError(f"the query vector is {query.shape}, wanted is a finite one of ({width},)")
         return query
 
-    async def _parts(self, spans: Sequence[Span], slots: Mapping[str, NDArray[np.int64]]) -> "list[_Part]":
-        """Return the parts of hours that the spans touch, the newest first."""
+    async def _asked(self, spans: Sequence[Span], slots: Mapping[str, NDArray[np.int64]]) -> "dict[str, _Asked]":
+        """Return by source what the spans ask of it."""
         runs = _by_source(spans)
-        states = await self._cache.hours(list(runs))
-        parts = [
-            _Part(states[source_id][hour], tuple(mine), slots.get(source_id))
-            for source_id, asked in runs.items()
-            for hour, mine in _by_hour(asked, states[source_id]).items()
-        ]
-        return sorted(parts, key=lambda part: part.state.hour, reverse=True)
+        known = await self._cache.hours(list(runs))
+        return {source_id: _Asked.of(known[source_id], mine, slots.get(source_id)) for source_id, mine in runs.items()}
 
-    async def _made(self, missing: "Sequence[_Part]") -> "tuple[list[_Look], list[StoreUnavailable]]":
-        """Make missing shards in their order until the patience ends; return them, and why others cannot be made."""
+    def _held(self, asked: "Mapping[str, _Asked]") -> "list[_Look]":
+        """Return those asked hours of which there are shards as they stand."""
+        looks = []
+        for source_id, hour in self._cache.keys:  # far fewer than all hours that were asked for may be
+            if source_id in asked and asked[source_id].has(hour):
+                part = asked[source_id].part(hour)
+                shard = self._cache.get(part.state)
+                if shard is not None:
+                    looks.append(_Look(part, shard))
+        return looks
+
+    async def _made(
+        self, asked: "Mapping[str, _Asked]", held: Set[tuple[str, int]]
+    ) -> "tuple[list[_Look], list[StoreUnavailable]]":
+        """Make missing shards, the newest first, until the patience ends; return them, and why others are not made."""
         looks: list[_Look] = []
         failures: list[StoreUnavailable] = []
 
-        async def make(part: _Part) -> None:
+        async def make(key: tuple[str, int]) -> None:
+            part = asked[key[0]].part(key[1])
             try:
                 looks.append(_Look(part, await self._cache.make(part.state)))
             except StoreUnavailable as error:
                 failures.append(error)
 
-        await each(missing, make, self._patience_s)
+        newest = merge(*(one.newest_first() for one in asked.values()), key=itemgetter(1), reverse=True)
+        await each((key for key in newest if key not in held), make, self._patience_s)
         return looks, failures
 
-    async def _frames(self, part: "_Part") -> int:
-        """Return how many frames are kept of a part of which there is no shard."""
-        slots = part.state.slots
-        if slots is None:
-            first = part.state.hour * HOUR_SLOTS
-            slots = await self._timeline.slots(part.state.source_id, first, first + HOUR_SLOTS)
-        return part.rows(slots)[1]
+    async def _left_out(self, asked: "Mapping[str, _Asked]", seen: Iterable[tuple[str, int]]) -> int:
+        """Return how many frames are kept of what was asked for in all other hours than those that were seen."""
+        seen_hours: dict[str, list[int]] = {}
+        for source_id, hour in seen:
+            seen_hours.setdefault(source_id, []).append(hour)
+        frames, unread = 0, []
+        for turn, (source_id, one) in enumerate(asked.items()):
+            known, hours = one.without(seen_hours.get(source_id, []))
+            frames += known
+            unread += [(one, some) for some in _near(hours)]
+            if turn % SOURCES_AT_ONCE == 0:
+                await asyncio.sleep(0)
+
+        async def count(item: tuple[_Asked, NDArray[np.int64]]) -> None:
+            nonlocal frames
+            one, hours = item
+            slots = await self._timeline.slots(
+                one.known.source_id, int(hours[0]) * HOUR_SLOTS, (int(hours[-1]) + 1) * HOUR_SLOTS
+            )
+            frames += one.frames_of(hours, slots)
+
+        await each(unread, count)
+        return frames
 
     async def _moments(
         self, query: NDArray[np.float32], looks: "Sequence[_Look]", top_k: int, min_score: float
@@ -195,11 +219,60 @@ class Moments:
 
 
 @dataclass(frozen=True, slots=True)
+class _Asked:
+    """What is asked of a source: ascending runs of slots, narrowed to those that are `allowed` unless that is None.
+
+    `hours` (n,) are those of the `known` ones that the runs touch, ascending, and `frames` (n,) what is kept of them.
+    """
+
+    known: SourceHours
+    runs: Sequence[Run]
+    allowed: NDArray[np.int64] | None
+    hours: NDArray[np.int64]
+    frames: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, known: SourceHours, runs: Sequence[Run], allowed: NDArray[np.int64] | None) -> Self:
+        """Take those of the known hours that the runs touch; of those they cut, the frames are not known."""
+        touched = known.touched(runs)
+        certain = known.covered(runs) if allowed is None else False
+        return cls(known, runs, allowed, known.hours[touched], np.where(certain, known.frames, UNKNOWN)[touched])
+
+    def has(self, hour: int) -> bool:
+        """Return whether an hour is asked for and may have frames."""
+        at = int(np.searchsorted(self.hours, hour))
+        return at < len(self.hours) and bool(self.hours[at] == hour)
+
+    def part(self, hour: int) -> "_Part":
+        """Return what is asked of an hour."""
+        first = bisect_right(self.runs, hour * HOUR_SLOTS, key=itemgetter(1))
+        last = bisect_left(self.runs, (hour + 1) * HOUR_SLOTS, key=itemgetter(0))
+        return _Part(self.known.state(hour), tuple(self.runs[first:last]), self.allowed)
+
+    def newest_first(self) -> Iterator[tuple[str, int]]:
+        """Yield source and hour of each hour that is asked for."""
+        return ((self.known.source_id, int(hour)) for hour in self.hours[::-1])
+
+    def without(self, seen: Sequence[int]) -> tuple[int, NDArray[np.int64]]:
+        """Return how many frames are kept of all hours but those seen, and the hours of which one has to look."""
+        left = ~np.isin(self.hours, seen) if seen else np.ones(len(self.hours), np.bool_)
+        unknown = left & (self.frames == UNKNOWN)
+        return int(self.frames[left & ~unknown].sum()), self.hours[unknown]
+
+    def frames_of(self, hours: NDArray[np.int64], slots: NDArray[np.int64]) -> int:
+        """Return how many of ascending slots are asked for in some hours."""
+        bounds = np.searchsorted(slots, [hours * HOUR_SLOTS, (hours + 1) * HOUR_SLOTS]).T
+        return sum(
+            self.part(int(hour)).rows(slots[first:last])[1] for hour, (first, last) in zip(hours, bounds, strict=True)
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class _Part:
     """What is asked of an hour: runs of slots, narrowed to those that are `allowed` unless that is None."""
 
     state: HourState
-    runs: tuple[tuple[int, int], ...]
+    runs: tuple[Run, ...]
     allowed: NDArray[np.int64] | None
 
     @property
@@ -296,9 +369,9 @@ class _Hits:
         ]
 
 
-def _by_source(spans: Iterable[Span]) -> dict[str, list[tuple[int, int]]]:
+def _by_source(spans: Iterable[Span]) -> dict[str, list[Run]]:
     """Return the slots of each source as ascending runs that do not overlap; empty spans vanish."""
-    runs: dict[str, list[tuple[int, int]]] = {}
+    runs: dict[str, list[Run]] = {}
     for span in sorted(spans, key=lambda span: (span.source_id, span.start)):
         if span.start >= span.end:
             continue
@@ -310,12 +383,6 @@ def _by_source(spans: Iterable[Span]) -> dict[str, list[tuple[int, int]]]:
     return runs
 
 
-def _by_hour(runs: Iterable[tuple[int, int]], hours: Iterable[int]) -> dict[int, list[tuple[int, int]]]:
-    """Group ascending runs by those of the hours, ascending, that they touch."""
-    known = np.fromiter(hours, np.int64)
-    touched: dict[int, list[tuple[int, int]]] = {}
-    for start, end in runs:
-        first, last = np.searchsorted(known * HOUR_SLOTS, [start - HOUR_SLOTS + 1, end])
-        for hour in known[first:last].tolist():
-            touched.setdefault(hour, []).append((start, end))
-    return touched
+def _near(hours: NDArray[np.int64]) -> Sequence[NDArray[np.int64]]:
+    """Split ascending hours into groups that are quickly read at once."""
+    return np.split(hours, np.flatnonzero(np.diff(hours // HOURS_PER_READ)) + 1) if len(hours) else []

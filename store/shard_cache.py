@@ -14,71 +14,53 @@ import numpy as np
 from numpy.typing import NDArray
 
 from store.connection import StoreUnavailable
-from store.format import HOUR_SLOTS
+from store.format import BLOCK_SLOTS, BLOCKS_PER_HOUR, HOUR_SLOTS
 from store.hot import FrameNotKept
 from store.hour_files import HourFileDamaged
-from store.segments import Manifest
-from store.shards import Shard, shard_bytes
+from store.hour_states import HourState, Sealed, SourceHours
+from store.shards import Shard
 from store.timeline import TRIES, Timeline
 
 READS_AT_ONCE = 4  # of whole hours; each needs some 50 MB for a moment
+SOURCES_AT_ONCE = 100  # whose hours are looked at before the event loop has its turn: a few ms
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class HourState:
-    """How an hour of a source stood when somebody looked, at the `look`-th look: what is sealed of it, what is not."""
-
-    source_id: str
-    hour: int
-    manifest: Manifest | None
-    mark: str
-    look: int
-
-    @property
-    def key(self) -> tuple[str, int]:
-        return self.source_id, self.hour
-
-    @property
-    def file(self) -> str | None:
-        return None if self.manifest is None else self.manifest.file
-
-    @property
-    def slots(self) -> NDArray[np.int64] | None:
-        """The frames of an hour that is sealed and has not been touched since; None if one has to look."""
-        return None if self.manifest is None or self.mark else self.manifest.slots
-
-    def bytes_of_shard(self, width: int) -> int:
-        """Return the bytes that a shard of vectors (P,) of this hour needs at most, or nearly so."""
-        if self.manifest is None:
-            return shard_bytes(HOUR_SLOTS, width, is_exact=True)
-        return shard_bytes(self.manifest.frames, width, is_exact=False)
-
-
-@dataclass(frozen=True, slots=True)
 class _Held:
-    """A shard, and how its hour stood before the shard was made."""
+    """A shard, and how its hour stood before the shard was made; `marks` are those of its hot blocks, by block."""
 
     shard: Shard
     state: HourState
+    marks: Mapping[int, str]
 
     def is_good(self, state: HourState) -> bool:
         """Return whether the shard shows the hour as it stood at `state`, or later."""
         known = self.state
         return known.look >= state.look or (known.file == state.file and known.mark == state.mark)
 
-    def is_still(self, file: str | None, slots: NDArray[np.int64], *, is_exact: bool) -> bool:
-        """Return whether a shard of these frames of an hour would be the same: a frame sent twice has one vector."""
-        same_kind = self.state.file == file and self.shard.is_exact == is_exact
-        return same_kind and np.array_equal(self.shard.slots, slots)
+    def is_known(self, slots: NDArray[np.int64], marks: Mapping[int, str]) -> NDArray[np.bool_]:
+        """Return which of the slots (n,) are here as they are now: those of a block that was written to may not be.
+
+        A block that is not hot any more was sealed as it last was, or what is left of it has the vectors it had.
+        """
+        changed = [block for block, mark in marks.items() if self.marks.get(block) != mark]
+        return np.isin(slots, self.shard.slots) & ~np.isin(slots // BLOCK_SLOTS, changed)
+
+    def is_still(self, file: str | None, content: "_Content") -> bool:
+        """Return whether a shard of that content of an hour would be the same."""
+        same_kind = self.state.file == file and self.shard.is_exact == content.is_exact
+        same_slots = np.array_equal(self.shard.slots, content.slots)
+        return same_kind and same_slots and bool(self.is_known(content.slots, content.marks).all())
 
 
 @dataclass(frozen=True, slots=True)
-class _Sealed:
-    """The sealed hours of a source as of a mark."""
+class _Content:
+    """What an hour consists of: slots (n,), marks of its hot blocks, and whether it is to be held as exact."""
 
-    mark: str
-    manifests: Mapping[int, Manifest]
+    slots: NDArray[np.int64]
+    marks: Mapping[int, str]
+    is_exact: bool
 
 
 class ShardCache:
@@ -88,7 +70,7 @@ class ShardCache:
         self._timeline = timeline
         self._max_bytes = max_bytes
         self._shards: OrderedDict[tuple[str, int], _Held] = OrderedDict()  # the longest unused first
-        self._sealed: dict[str, _Sealed] = {}
+        self._sealed: dict[str, Sealed] = {}
         self._making: dict[tuple[str, int], asyncio.Task[_Held]] = {}
         self._reading = asyncio.Semaphore(READS_AT_ONCE)
         self._erased: dict[str, int] = {}  # by source: looks before this one saw what is erased now
@@ -105,20 +87,23 @@ class ShardCache:
         """The sources of which anything is known here."""
         return frozenset(self._sealed) | {source_id for source_id, _ in self._shards}
 
-    async def hours(self, source_ids: Sequence[str]) -> dict[str, dict[int, HourState]]:
-        """Return by source how each hour that may have frames stands now, the oldest hour first."""
+    @property
+    def keys(self) -> list[tuple[str, int]]:
+        """Source and hour of each shard, the longest unused first."""
+        return list(self._shards)
+
+    async def hours(self, source_ids: Sequence[str]) -> dict[str, SourceHours]:
+        """Return by source how its hours that may have frames stand now."""
         self._looks += 1
         look = self._looks  # counted before the look: what is made later shows at least what this look saw
-        marks = await self._timeline.hour_marks(source_ids)
-        states = {}
-        for source_id, (hot, sealed_mark) in zip(source_ids, marks, strict=True):
-            manifests = await self._manifests(source_id, sealed_mark)
-            states[source_id] = {
-                hour: HourState(source_id, hour, manifests.get(hour), hot.get(hour, ""), look)
-                for hour in sorted({*manifests, *hot})
-            }
-        for key in [(known, hour) for known, hour in self._shards if known in states and hour not in states[known]]:
-            self._forget(key)
+        states: dict[str, SourceHours] = {}
+        for first in range(0, len(source_ids), SOURCES_AT_ONCE):
+            some = source_ids[first : first + SOURCES_AT_ONCE]
+            for source_id, (hot, mark) in zip(some, await self._timeline.hour_marks(some), strict=True):
+                states[source_id] = SourceHours.of(source_id, look, await self._sealed_hours(source_id, mark), hot)
+        for source_id, hour in self.keys:
+            if source_id in states and not states[source_id].has(hour):
+                self._forget((source_id, hour))
         return states
 
     def get(self, state: HourState) -> Shard | None:
@@ -144,10 +129,10 @@ class ShardCache:
 
     async def forget_erased(self, source_id: str) -> None:
         """Let go of each hour of a source that is not any more as it was; whoever reads one just now keeps nothing."""
-        states = (await self.hours([source_id]))[source_id]
+        known = (await self.hours([source_id]))[source_id]
         self._erased[source_id] = self._looks
         for key, held in list(self._shards.items()):
-            if key[0] == source_id and not held.is_good(states[key[1]]):
+            if key[0] == source_id and not held.is_good(known.state(key[1])):
                 self._forget(key)
 
     def drop(self, source_id: str) -> None:
@@ -157,46 +142,54 @@ class ShardCache:
         self._sealed.pop(source_id, None)
         self._erased.pop(source_id, None)
 
-    async def _manifests(self, source_id: str, mark: str) -> Mapping[int, Manifest]:
+    async def _sealed_hours(self, source_id: str, mark: str) -> Sealed:
         """Return the sealed hours of a source, read anew if they are not those of the mark."""
         sealed = self._sealed.get(source_id)
         if sealed is None or sealed.mark != mark or not mark:  # without a mark nothing tells of a change
-            manifests = await self._timeline.sealed(source_id)
-            sealed = _Sealed(mark, {manifest.hour: manifest for manifest in manifests})
+            sealed = Sealed.of(mark, await self._timeline.sealed(source_id))
             self._sealed[source_id] = sealed
-        return sealed.manifests
+        return sealed
 
     async def _make(self, state: HourState) -> _Held:
         async with self._reading:
             held = self._shards.get(state.key)
-            known = None if held is None else held.shard
-            slots = state.slots
             for _ in range(TRIES):
-                if slots is None:
-                    first = state.hour * HOUR_SLOTS
-                    slots = await self._timeline.slots(state.source_id, first, first + HOUR_SLOTS)
-                is_exact = state.manifest is None or not np.isin(slots, state.manifest.slots).all()
-                if held is not None and held.is_still(state.file, slots, is_exact=is_exact):
-                    return self._remember(held.shard, state)
+                content = await self._content(state)
+                if held is not None and held.is_still(state.file, content):
+                    return self._remember(_Held(held.shard, state, content.marks))
                 try:
-                    vectors = await self._vectors(state.source_id, known, slots)
+                    vectors = await self._vectors(state.source_id, held, content)
                 except FrameNotKept:  # sealed anew or erased in between
-                    slots = None
                     continue
                 except HourFileDamaged as error:
                     raise StoreUnavailable(f"{error}: restore it or erase the hour") from None
-                make = Shard.exact if is_exact or not len(slots) else Shard.in_bytes
-                return self._remember(await asyncio.to_thread(make, slots, vectors), state)
+                make = Shard.exact if content.is_exact or not len(content.slots) else Shard.in_bytes
+                shard = await asyncio.to_thread(make, content.slots, vectors)
+                return self._remember(_Held(shard, state, content.marks))
         raise StoreUnavailable(f"the memory of {state.source_id} changes all the time; search it again")
 
-    async def _vectors(self, source_id: str, known: Shard | None, slots: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Return the vectors (n, P) of slots, reading only those that an exact shard does not hold."""
-        if known is None or not known.is_exact:
+    async def _content(self, state: HourState) -> _Content:
+        """Return what an hour consists of now."""
+        source_id, hour, first = state.source_id, state.hour, state.hour * HOUR_SLOTS
+        sealed = [] if state.file is None else await self._timeline.sealed(source_id, hour, hour)
+        if sealed and not state.mark:
+            return _Content(sealed[0].slots, {}, is_exact=False)
+        blocks = range(hour * BLOCKS_PER_HOUR, (hour + 1) * BLOCKS_PER_HOUR)
+        marks = await self._timeline.marks(source_id, blocks)  # before what they stand for
+        slots = await self._timeline.slots(source_id, first, first + HOUR_SLOTS)
+        is_exact = not sealed or not np.isin(slots, sealed[0].slots).all()
+        return _Content(slots, {block: hot for block, (hot, _) in zip(blocks, marks, strict=True) if hot}, is_exact)
+
+    async def _vectors(self, source_id: str, held: _Held | None, content: _Content) -> NDArray[np.float32]:
+        """Return the vectors (n, P) of an hour, reading only those that an exact shard does not hold."""
+        slots = content.slots
+        if held is None or not held.shard.is_exact:
             return await self._timeline.vectors(source_id, slots)
-        is_known = np.isin(slots, known.slots)
+        is_known = held.is_known(slots, content.marks)
         vectors = np.empty((len(slots), self._timeline.format.vector_width), np.float32)
         vectors[~is_known] = await self._timeline.vectors(source_id, slots[~is_known])
-        vectors[is_known] = (await asyncio.to_thread(known.vectors))[np.isin(known.slots, slots)]
+        known = await asyncio.to_thread(held.shard.vectors)
+        vectors[is_known] = known[np.searchsorted(held.shard.slots, slots[is_known])]
         return vectors
 
     def _made(self, state: HourState, task: "asyncio.Task[_Held]") -> None:
@@ -204,13 +197,13 @@ class ShardCache:
         if not task.cancelled():
             task.exception()  # whoever waits for it has it; if nobody does any more, nobody is to be told
 
-    def _remember(self, shard: Shard, state: HourState) -> _Held:
+    def _remember(self, held: _Held) -> _Held:
+        state = held.state
         self._forget(state.key)
-        held = _Held(shard, state)
         if state.look < self._erased.get(state.source_id, 0):
             return held
         self._shards[state.key] = held
-        self._bytes += shard.nbytes
+        self._bytes += held.shard.nbytes
         while self._bytes > self._max_bytes and len(self._shards) > 1:
             self._forget(next(iter(self._shards)))
         return held

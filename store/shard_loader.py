@@ -3,9 +3,13 @@
 import asyncio
 import logging
 
+import numpy as np
+from numpy.typing import NDArray
+
 from store.connection import StoreUnavailable
 from store.format import HOUR_SLOTS
-from store.shard_cache import HourState, ShardCache, each
+from store.hour_states import HourState, SourceHours
+from store.shard_cache import ShardCache, each
 from store.sources import Source, Sources, Video
 
 logger = logging.getLogger(__name__)
@@ -47,16 +51,20 @@ class ShardLoader:
 
     async def _newest(self, sources: list[Source]) -> list[HourState]:
         """Return the newest hours of all sources that fit into the cache together, the newest first."""
-        states = await self._cache.hours([source.id for source in sources])
-        aged = [(_end_s(source, state.hour), state) for source in sources for state in states[source.id].values()]
-        aged.sort(key=lambda one: one[0], reverse=True)
-        fitting, room = [], self._max_bytes
-        for _, state in aged:
-            room -= state.bytes_of_shard(self._width)
-            if room < 0:
-                break
-            fitting.append(state)
-        return fitting
+        found = await self._cache.hours([source.id for source in sources])
+        return await asyncio.to_thread(self._fitting, sources, [found[source.id] for source in sources])
+
+    def _fitting(self, sources: list[Source], known: list[SourceHours]) -> list[HourState]:
+        if not sources:
+            return []
+        pairs = list(zip(sources, known, strict=True))
+        ends_s = np.concatenate([_ends_s(source, mine.hours) for source, mine in pairs])
+        nbytes = np.concatenate([mine.bytes_of_shards(self._width) for mine in known])
+        hours = np.concatenate([mine.hours for mine in known])
+        places = np.repeat(np.arange(len(known)), [len(mine.hours) for mine in known])
+        newest = np.argsort(-ends_s, kind="stable")
+        fitting = newest[np.cumsum(nbytes[newest]) <= self._max_bytes]
+        return [known[place].state(int(hour)) for place, hour in zip(places[fitting], hours[fitting], strict=True)]
 
     async def _make(self, state: HourState) -> None:
         try:
@@ -65,7 +73,7 @@ class ShardLoader:
             logger.warning("hour %d of %s cannot be searched: %s", state.hour, state.source_id, error)
 
 
-def _end_s(source: Source, hour: int) -> float:
-    """Return the end of an hour in Unix seconds; that of a video counts from its registration on."""
-    end_s = (hour + 1) * HOUR_SLOTS / source.fps
-    return source.created_at + end_s if isinstance(source, Video) else end_s
+def _ends_s(source: Source, hours: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return the ends (n,) of hours in Unix seconds; those of a video count from its registration on."""
+    ends_s = (hours + 1) * HOUR_SLOTS / source.fps
+    return source.created_at + ends_s if isinstance(source, Video) else ends_s

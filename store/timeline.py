@@ -133,9 +133,9 @@ class Timeline:
         """Return how many frames of the source are kept."""
         return await self._hot.count(source_id)
 
-    async def sealed(self, source_id: str) -> list[Manifest]:
-        """Return the manifests of the sealed hours, in order."""
-        return await self._sealed.between(source_id)
+    async def sealed(self, source_id: str, first: int | None = None, last: int | None = None) -> list[Manifest]:
+        """Return the manifests of the sealed hours first to last, both included, in order; None leaves a side open."""
+        return await self._sealed.between(source_id, first, last)
 
     async def hot_hours(self, source_id: str) -> list[int]:
         """Return the hours that have frames which are not sealed, in order."""
