@@ -34,7 +34,7 @@ NEIGHBOUR_SLOTS = 2  # hits at most so far apart are one moment: one frame of an
 HITS_PER_MOMENT = 8  # frames that are looked at for each moment that is asked for, so that moments get their extent
 FIRST_HITS = 64  # of each shard; FAISS is as quick to return them as to return one
 DEEPER = 4  # times as many of a shard that may have more good ones
-HOURS_PER_READ = 24  # of which only the presence is read: some 20 us each on the event loop
+HOURS_PER_READ = 8  # of which only the presence is read: less than a ms each on the event loop
 MAX_THREADS = 8  # more only wait for memory
 
 
@@ -245,9 +245,13 @@ class _Asked:
 
     def part(self, hour: int) -> "_Part":
         """Return what is asked of an hour."""
-        first = bisect_right(self.runs, hour * HOUR_SLOTS, key=itemgetter(1))
-        last = bisect_left(self.runs, (hour + 1) * HOUR_SLOTS, key=itemgetter(0))
-        return _Part(self.known.state(hour), tuple(self.runs[first:last]), self.allowed)
+        start, end = hour * HOUR_SLOTS, (hour + 1) * HOUR_SLOTS
+        first = bisect_right(self.runs, start, key=itemgetter(1))
+        last = bisect_left(self.runs, end, key=itemgetter(0))
+        allowed = self.allowed
+        if allowed is not None:
+            allowed = allowed[(allowed >= start) & (allowed < end)]
+        return _Part(self.known.state(hour), tuple(self.runs[first:last]), allowed)
 
     def newest_first(self) -> Iterator[tuple[str, int]]:
         """Yield source and hour of each hour that is asked for."""

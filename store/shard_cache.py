@@ -42,7 +42,7 @@ class _Held:
     def is_known(self, slots: NDArray[np.int64], marks: Mapping[int, str]) -> NDArray[np.bool_]:
         """Return which of the slots (n,) are here as they are now: those of a block that was written to may not be.
 
-        A block that is not hot any more was sealed as it last was, or what is left of it has the vectors it had.
+        A block that is not hot any more counts as sealed the way it was last seen: that is long after its last frame.
         """
         changed = [block for block, mark in marks.items() if self.marks.get(block) != mark]
         return np.isin(slots, self.shard.slots) & ~np.isin(slots // BLOCK_SLOTS, changed)

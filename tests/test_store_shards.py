@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 from store.cipher import Cipher
 from store.connection import StoreUnavailable
-from store.format import HOUR_SLOTS
+from store.format import BLOCK_SLOTS, HOUR_SLOTS
+from store.hour_states import UNKNOWN, Sealed, SourceHours
 from store.leases import Leases
-from store.moments import Found, Moments, Span
-from store.segments import Segments
+from store.moments import HOURS_PER_READ, Found, Moments, Span
+from store.segments import Manifest, Segments
 from store.settings import StoreSettings
 from store.shard_cache import READS_AT_ONCE
 from store.shards import Shard, shard_bytes
@@ -105,6 +106,11 @@ def vector(slot: int) -> np.ndarray:
 def kept(slot: int) -> np.ndarray:
     """The vector of a slot as the store keeps it."""
     return vector(slot).astype(np.float16).astype(np.float32)
+
+
+def manifest(hour: int, frames: int) -> Manifest:
+    file = f"{FORMAT.fingerprint}-00000001-{hour:032x}.safetensors"
+    return Manifest(hour=hour, generation=1, file=file, frames=frames, size=1, checksum="", offsets={}, bits="")
 
 
 def hour_of(source_id: str, hour: int) -> list[Span]:
@@ -268,6 +274,111 @@ async def test_a_late_frame_is_found_in_an_hour_that_was_adopted_from_its_file(s
     found = await site.moments().search(vector(FIRST * HOUR_SLOTS + 1), hour_of(stream, FIRST), top_k=1)
     assert told(found) == (FRAMES + 1, FRAMES + 1, False)
     assert found.moments[0].score == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+async def test_a_frame_that_is_overwritten_is_found_by_its_new_vector_only(site, sealed):
+    stream = await site.stream("dock")
+    await site.hours(stream, FIRST, sealed=sealed)
+    moments = site.moments()
+    await moments.loader(site.sources).load()
+    slot, other = FIRST * HOUR_SLOTS + 100 * STEP, vector(1)
+    await site.timeline.append(stream, site.epochs[stream], [entry(slot, other)])
+    for _ in range(2):
+        found = await moments.search(other, hour_of(stream, FIRST), top_k=1)
+        assert told(found) == (FRAMES, FRAMES, False)
+        assert (found.moments[0].slot, found.moments[0].score) == (slot, pytest.approx(1, abs=0.02))
+        old = await moments.search(vector(slot), hour_of(stream, FIRST), top_k=1)
+        assert old.moments[0].score < 0.98
+        if not sealed:
+            assert await site.timeline.seal(stream, FIRST)
+
+
+async def test_only_what_was_written_since_is_read_again_of_an_open_hour(site, monkeypatch):
+    stream = await site.stream("dock")
+    await site.hours(stream, FIRST, sealed=False)
+    moments = site.moments()
+    await moments.search(direction(1), hour_of(stream, FIRST), top_k=1)
+    read: list[int] = []
+    vectors = site.timeline.vectors
+
+    async def watched(source_id: str, slots: np.ndarray) -> np.ndarray:
+        read.extend(slots.tolist())
+        return await vectors(source_id, slots)
+
+    monkeypatch.setattr(site.timeline, "vectors", watched)
+    await site.keep(stream, [FIRST * HOUR_SLOTS + 1])
+    found = await moments.search(vector(FIRST * HOUR_SLOTS + 1), hour_of(stream, FIRST), top_k=1)
+    assert told(found) == (FRAMES + 1, FRAMES + 1, False)
+    assert found.moments[0].slot == FIRST * HOUR_SLOTS + 1
+    assert read == [FIRST * HOUR_SLOTS + offset for offset in (0, 1, *range(STEP, BLOCK_SLOTS, STEP))]
+
+
+async def test_what_is_left_out_is_counted_to_the_frame_whatever_is_asked_of_it(gated, gate):
+    dock, yard = await gated.stream("dock"), await gated.stream("yard")
+    hours = range(FIRST, FIRST + HOURS_PER_READ + READS_AT_ONCE + 3)
+    newest = hours[-READS_AT_ONCE:]  # at these the search waits, and gets no further
+    await gated.hours(dock, *hours)
+    await gated.hours(yard, *hours[:3], sealed=False)
+    await gated.keep(dock, [FIRST * HOUR_SLOTS + 1])
+    present = {
+        dock: np.sort(np.array([FIRST * HOUR_SLOTS + 1, *range(hours[0] * HOUR_SLOTS, hours.stop * HOUR_SLOTS, STEP)])),
+        yard: np.arange(hours[0] * HOUR_SLOTS, hours[3] * HOUR_SLOTS, STEP),
+    }
+    moments = gated.moments(moments_patience_s=0.2)
+    gate.clear()
+
+    async def expect(spans: list[Span], slots: dict[str, np.ndarray] | None = None) -> None:
+        asked = {span.source_id: np.zeros(len(present[span.source_id]), np.bool_) for span in spans}
+        for span in spans:
+            here = present[span.source_id]
+            asked[span.source_id] |= (here >= span.start) & (here < span.end)
+        for source_id, some in (slots or {}).items():
+            asked[source_id] &= np.isin(present[source_id], some)
+        kept = sum(int(mine.sum()) for mine in asked.values())
+        async with asyncio.timeout(30):
+            assert told(await moments.search(direction(1), spans, top_k=3, slots=slots)) == (0, kept, kept > 0)
+
+    stuck = Span(dock, newest[0] * HOUR_SLOTS, hours.stop * HOUR_SLOTS)
+    cut = Span(dock, hours[0] * HOUR_SLOTS + 100, hours[-READS_AT_ONCE - 1] * HOUR_SLOTS + 5)
+    pieces = [Span(dock, hours[1] * HOUR_SLOTS + at, hours[1] * HOUR_SLOTS + at + 50) for at in range(0, 900, 300)]
+    await expect([Span(dock, *ALWAYS), Span(yard, *ALWAYS)])
+    await expect([stuck, cut, Span(yard, hours[1] * HOUR_SLOTS - 10, hours[1] * HOUR_SLOTS + 10)])
+    await expect([stuck, *pieces, Span(yard, *ALWAYS)])
+    await expect([Span(dock, *ALWAYS), Span(yard, *ALWAYS)], {dock: present[dock][::7], yard: np.empty(0, np.int64)})
+    await expect([stuck, *pieces], {dock: np.flip(present[dock][:2000:3])})
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    sealed=st.sets(st.integers(0, 30)),
+    hot=st.sets(st.integers(0, 30)),
+    runs=st.lists(st.tuples(st.integers(0, 31 * HOUR_SLOTS), st.integers(1, 5 * HOUR_SLOTS)), max_size=4),
+)
+def test_hours_are_known_by_what_is_sealed_and_what_is_hot(sealed, hot, runs):
+    manifests = [manifest(hour, frames=10 + hour) for hour in sorted(sealed)]
+    known = SourceHours.of("str_a", 1, Sealed.of("m", manifests), {hour: f"h{hour}" for hour in hot})
+    assert known.hours.tolist() == sorted(sealed | hot)
+    assert known.frames.tolist() == [UNKNOWN if hour in hot else 10 + hour for hour in sorted(sealed | hot)]
+    assert known.bytes_of_shards(WIDTH).tolist() == [
+        shard_bytes(HOUR_SLOTS if hour in hot else 10 + hour, WIDTH, is_exact=hour in hot)
+        for hour in sorted(sealed | hot)
+    ]
+    for hour in range(31):
+        state = known.state(hour)
+        assert state.file == (manifest(hour, frames=1).file if hour in sealed else None)
+        assert state.mark == (f"h{hour}" if hour in hot else "")
+        assert known.has(hour) == (hour in sealed | hot)
+    spans = [(start, start + length) for start, length in runs]
+    for hour, touched, covered in zip(known.hours, known.touched(spans), known.covered(spans), strict=True):
+        first, last = hour * HOUR_SLOTS, (hour + 1) * HOUR_SLOTS
+        assert touched == any(start < last and end > first for start, end in spans)
+        assert covered == any(start <= first and last <= end for start, end in spans)
+
+
+def test_of_a_sealed_hour_less_than_a_hundred_bytes_stay_in_memory():
+    sealed = Sealed.of("m", [manifest(hour, frames=3600) for hour in range(168)])
+    assert sealed.hours.nbytes + sealed.frames.nbytes + sealed.files.nbytes < 168 * 100
 
 
 async def test_what_was_being_read_while_it_was_erased_is_not_kept(gated, gate):
