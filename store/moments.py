@@ -10,12 +10,12 @@ loaded when the process starts, and a search makes those it misses itself, for a
 import asyncio
 import os
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from heapq import merge
 from operator import itemgetter
-from typing import Self
+from typing import Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,7 @@ FIRST_HITS = 64  # of each shard; FAISS is as quick to return them as to return 
 DEEPER = 4  # times as many of a shard that may have more good ones
 HOURS_PER_READ = 8  # of which only the presence is read: less than a ms each on the event loop
 MAX_THREADS = 8  # more only wait for memory
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +118,7 @@ class Moments:
         if failures and not held and not made:
             raise failures[0]
         left_out = await self._left_out(asked, [look.part.state.key for look in (*held, *made)])
-        looks = sorted((look for look in (*held, *made) if look.frames), key=lambda look: -look.part.state.hour)
+        looks = sorted((look for look in (*held, *made) if look.frames), key=_Look.order)
         searched = sum(look.frames for look in looks)
         moments = await self._moments(query, looks, top_k, -np.inf if min_score is None else min_score)
         return Found(tuple(moments), searched + left_out, searched)
@@ -137,7 +138,10 @@ class Moments:
         """Return by source what the spans ask of it."""
         runs = _by_source(spans)
         known = await self._cache.hours(list(runs))
-        return {source_id: _Asked.of(known[source_id], mine, slots.get(source_id)) for source_id, mine in runs.items()}
+        return {
+            source_id: _Asked.of(known[source_id], mine, slots.get(source_id))
+            async for source_id, mine in _in_turns(runs.items())
+        }
 
     def _held(self, asked: "Mapping[str, _Asked]") -> "list[_Look]":
         """Return those asked hours of which there are shards as they stand."""
@@ -174,12 +178,10 @@ class Moments:
         for source_id, hour in seen:
             seen_hours.setdefault(source_id, []).append(hour)
         frames, unread = 0, []
-        for turn, (source_id, one) in enumerate(asked.items()):
+        async for source_id, one in _in_turns(asked.items()):
             known, hours = one.without(seen_hours.get(source_id, []))
             frames += known
             unread += [(one, some) for some in _near(hours)]
-            if turn % SOURCES_AT_ONCE == 0:
-                await asyncio.sleep(0)
 
         async def count(item: tuple[_Asked, NDArray[np.int64]]) -> None:
             nonlocal frames
@@ -312,6 +314,10 @@ class _Look:
         self.scores = np.empty(0, np.float32)
         self.floor = np.inf  # no better hit than this was left out
 
+    def order(self) -> tuple[int, str]:
+        """Return what sorts the newest first: of hits that are as good as each other the first ones count."""
+        return -self.part.state.hour, self.part.state.source_id
+
     def deepen(self, query: NDArray[np.float32]) -> None:
         """Take more hits, as many as there are at most."""
         count = min(max(FIRST_HITS, DEEPER * len(self.scores)), self.frames)
@@ -371,6 +377,14 @@ class _Hits:
             )
             for at in order
         ]
+
+
+async def _in_turns(items: Iterable[T]) -> AsyncIterator[T]:
+    """Yield items, one for each of many sources, and let others have the event loop in between."""
+    for turn, item in enumerate(items):
+        if turn % SOURCES_AT_ONCE == 0:
+            await asyncio.sleep(0)
+        yield item
 
 
 def _by_source(spans: Iterable[Span]) -> dict[str, list[Run]]:
