@@ -118,7 +118,7 @@ class ShardCache:
         """Return the shard of an hour as it stood, or later; empty if nothing is kept. What is cancelled goes on."""
         while (shard := self.get(state)) is None:
             task = self._making.get(state.key)
-            if task is None:
+            if task is None or task.done():  # one that is done would be waited for without a turn for what removes it
                 task = asyncio.create_task(self._make(state))
                 self._making[state.key] = task
                 task.add_done_callback(lambda done: self._made(state, done))
@@ -193,7 +193,8 @@ class ShardCache:
         return vectors
 
     def _made(self, state: HourState, task: "asyncio.Task[_Held]") -> None:
-        del self._making[state.key]
+        if self._making.get(state.key) is task:
+            del self._making[state.key]
         if not task.cancelled():
             task.exception()  # whoever waits for it has it; if nobody does any more, nobody is to be told
 
