@@ -196,6 +196,7 @@ class EmbeddedRedis:
         folder.mkdir(parents=True, exist_ok=True)
         binary = _server_binary()
         lock = _lock(folder)
+        _end_leftovers(folder)
         socket, scratch = _socket_path(folder)
         socket.unlink(missing_ok=True)
         process = subprocess.Popen(
@@ -328,6 +329,28 @@ def _lock(folder: Path) -> int:
             "TOKENLINE_STORE__DATA_DIR, or give both one Redis with TOKENLINE_STORE__REDIS_URL"
         ) from None
     return lock
+
+
+def _end_leftovers(folder: Path) -> None:
+    """End a server of this folder that outlived its shell, as after a kill of everything but it.
+
+    We hold the lock, so it is nobody's; and two servers would write one file.
+    """
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            is_server = (process / "exe").readlink().name in ("redis-server", "valkey-server")
+            if not is_server or (process / "cwd").readlink() != folder:
+                continue
+            number = int(process.name)
+            logger.warning("a Redis server of this data folder was left over: it is ended (process %d)", number)
+            os.kill(number, signal.SIGTERM)
+            deadline = time.monotonic() + STOP_TIMEOUT_S
+            while process.exists() and (process / "exe").readlink().name:
+                if time.monotonic() > deadline:
+                    os.kill(number, signal.SIGKILL)
+                time.sleep(0.05)
+        except OSError:  # it has ended, or is another user's
+            continue
 
 
 def _socket_path(folder: Path) -> tuple[Path, Path | None]:

@@ -126,7 +126,9 @@ def processes_of(data_dir: Path) -> dict[int, str]:
     found = {}
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has ended meanwhile
-            if mine in (process / "environ").read_bytes().split(b"\0"):
+            # The server of Redis writes its title over its environment.
+            is_redis = (process / "cwd").readlink() == data_dir.resolve() / "redis"
+            if is_redis or mine in (process / "environ").read_bytes().split(b"\0"):
                 found[int(process.name)] = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
     return found
 

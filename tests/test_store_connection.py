@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +147,39 @@ def test_two_servers_never_share_a_data_folder(tmp_path):
             EmbeddedRedis.start(tmp_path)
         assert server.running
     EmbeddedRedis.start(tmp_path).stop()
+
+
+async def test_a_server_that_outlived_its_owner_and_its_shell_is_ended_before_another_starts(tmp_path):
+    server = EmbeddedRedis.start(tmp_path)
+    left_over = server_pid(tmp_path)
+    async with connect(server.url) as client:
+        await client.set("acknowledged", 1)
+    shells = children(server._process.pid) - {left_over}
+    os.kill(server._process.pid, signal.SIGKILL)
+    for shell in shells:
+        os.kill(shell, signal.SIGKILL)
+    server._process.wait()
+    server._process.stdin.close()
+    os.close(server._lock)
+    while any(is_running(shell) for shell in shells):
+        await asyncio.sleep(0.01)
+    assert is_running(left_over)
+    with EmbeddedRedis.start(tmp_path) as again:
+        assert not is_running(left_over)
+        async with connect(again.url) as client:
+            assert await client.get("acknowledged") == b"1"
+
+
+def is_running(number: int) -> bool:
+    """Whether a process is there, and not only its result."""
+    with suppress(OSError):
+        return bool(Path(f"/proc/{number}/exe").readlink().name)
+    return False
+
+
+def children(parent: int) -> set[int]:
+    """The processes that a process has started."""
+    return {int(number) for number in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()}
 
 
 def test_the_server_ends_when_its_owner_is_killed(tmp_path):
