@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -150,6 +150,7 @@ def connect(url: str) -> StoreRedis:
 # so a shell waits at the other end of a pipe: the kernel closes it with our process, and the shell stops the server.
 # The shell also starts a server again that a signal ended, such as the kernel's when memory runs out, and removes what
 # that server had begun to rewrite: nobody else would. It ends after all that hold the lock of the folder with it.
+_SHELL = "tokenline-redis"
 _WATCHED = """
 exec 3<&0
 stopping=
@@ -195,12 +196,12 @@ class EmbeddedRedis:
         folder = data_dir.resolve() / "redis"
         folder.mkdir(parents=True, exist_ok=True)
         binary = _server_binary()
-        lock = _lock(folder)
         _end_leftovers(folder)
+        lock = _lock(folder)
         socket, scratch = _socket_path(folder)
         socket.unlink(missing_ok=True)
         process = subprocess.Popen(
-            ["/bin/sh", "-c", _WATCHED, "tokenline-redis", binary, *_arguments(folder, socket)],
+            ["/bin/sh", "-c", _WATCHED, _SHELL, binary, *_arguments(folder, socket)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -328,29 +329,34 @@ def _lock(folder: Path) -> int:
             "another Tokenline already keeps its Redis in this data folder: stop it, choose another "
             "TOKENLINE_STORE__DATA_DIR, or give both one Redis with TOKENLINE_STORE__REDIS_URL"
         ) from None
-    return lock
+    free = fcntl.fcntl(lock, fcntl.F_DUPFD, 10)  # the shell has a use of its own for the lower ones
+    os.close(lock)
+    return free
 
 
 def _end_leftovers(folder: Path) -> None:
-    """End a server of this folder that outlived its shell, as after a kill of everything but it.
+    """End a server of this folder that outlived the shell that watched it, as after a kill of everything else.
 
-    We hold the lock, so it is nobody's; and two servers would write one file.
+    It would keep the folder locked, and nobody would ever end it.
     """
     for process in Path("/proc").glob("[0-9]*"):
-        try:
+        with suppress(OSError):  # it has ended, or is another user's
             is_server = (process / "exe").readlink().name in ("redis-server", "valkey-server")
-            if not is_server or (process / "cwd").readlink() != folder:
-                continue
-            number = int(process.name)
-            logger.warning("a Redis server of this data folder was left over: it is ended (process %d)", number)
-            os.kill(number, signal.SIGTERM)
-            deadline = time.monotonic() + STOP_TIMEOUT_S
-            while process.exists() and (process / "exe").readlink().name:
-                if time.monotonic() > deadline:
-                    os.kill(number, signal.SIGKILL)
-                time.sleep(0.05)
-        except OSError:  # it has ended, or is another user's
-            continue
+            if is_server and (process / "cwd").readlink() == folder and not _is_watched(process):
+                number = int(process.name)
+                logger.warning("a Redis server of this data folder was left over: it is ended (process %d)", number)
+                os.kill(number, signal.SIGTERM)
+                deadline = time.monotonic() + STOP_TIMEOUT_S
+                while (process / "exe").readlink().name:  # until it cannot be read
+                    if time.monotonic() > deadline:
+                        os.kill(number, signal.SIGKILL)
+                    time.sleep(0.05)
+
+
+def _is_watched(process: Path) -> bool:
+    """Whether the parent of a process is the shell that we start servers with."""
+    parent = (process / "stat").read_text().rpartition(")")[2].split()[1]
+    return _SHELL.encode() in Path(f"/proc/{parent}/cmdline").read_bytes().split(b"\0")
 
 
 def _socket_path(folder: Path) -> tuple[Path, Path | None]:

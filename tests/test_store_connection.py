@@ -161,7 +161,7 @@ async def test_a_server_that_outlived_its_owner_and_its_shell_is_ended_before_an
     server._process.wait()
     server._process.stdin.close()
     os.close(server._lock)
-    while any(is_running(shell) for shell in shells):
+    while any(is_running(shell) for shell in shells):  # noqa: ASYNC110 - processes, not tasks
         await asyncio.sleep(0.01)
     assert is_running(left_over)
     with EmbeddedRedis.start(tmp_path) as again:
