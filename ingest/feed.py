@@ -14,14 +14,14 @@ from ingest.exchange import ArchiveNews, CameraNews, SourceNews
 from ingest.frame import Frame
 
 ARCHIVE_TRIES = 3  # of a file whose process dies, without one more frame in between
+BACKLOG_S = 5.0  # queues empty within it, and the reading process has told what they had to let go
 
 
 class Feed(ABC):
     """One source. Two sides use it, each from its own thread.
 
     The service takes frames and says what became of them: `take`, `settled`, `shed`, `note_full`, `take_missing`,
-    `give_back`, `report`. The
-    process that reads brings what is new: `room`, `bring`, `take_shed`, `interrupt`.
+    `give_back`, `report`. The process that reads brings what is new: `room`, `bring`, `take_shed`, `interrupt`.
     """
 
     kind: ClassVar[str]  # of its news
@@ -139,6 +139,7 @@ class CameraFeed(Feed):
         self._lag_s: float | None = None
         self._full: tuple[float, str] | None = None  # since when, and what to do about it
         self._shed_reason: MissingReason = "shed"
+        self._room_since = 0.0
 
     @property
     def is_over(self) -> bool:
@@ -149,7 +150,8 @@ class CameraFeed(Feed):
             self._frames.add(now, len(frames))
             self._last_frame_at = frames[-1].time_ms / 1000
             self._lag_s = max(0.0, now - self._last_frame_at)
-            self._full = None
+            if self._full is not None:
+                self._full, self._room_since = None, time.monotonic()
 
     def note_full(self, advice: str) -> None:
         with self._lock:
@@ -198,7 +200,8 @@ class CameraFeed(Feed):
 
     def _explained(self, missing: Sequence[Missing]) -> Sequence[Missing]:
         told = [replace(run, reason=self._shed_reason) if run.reason == "shed" else run for run in missing]
-        if self._full is None and not any(run.reason == "shed" for run in missing):  # the queues have emptied since
+        is_over = self._full is None and time.monotonic() - self._room_since > BACKLOG_S
+        if is_over and not any(run.reason == "shed" for run in missing):
             self._shed_reason = "shed"
         return told
 
