@@ -31,7 +31,8 @@ from store.recomputations import (
 )
 from store.room import Room
 from store.segments import Hour
-from store.sources import Source, SourceNotFound, Sources, Stream
+from store.source import Source, SourceNotFound, Stream
+from store.sources import Sources
 from store.timeline import Timeline
 
 logger = logging.getLogger(__name__)

@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 
 from compressor_service.facts import Encoded
 from ingest.frame import SinkUnavailable
-from store.format import HOUR_SLOTS
+from store.format import span_of
 from store.hot import FrameNotKept
 from store.memory import Memory
 from store.recomputations import Recomputation
 from store.segments import Hour
-from store.sources import Source, Stream
+from store.source import Source, Stream
 from store.timeline import Timeline
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class SecondLook:
         wanted = np.zeros(len(kept), np.bool_)
         for start, end in self._spans(job, source, hour):
             wanted |= (kept >= start) & (kept < end)
-        return np.setdiff1d(kept[wanted], await self._timeline.slots(source.id, *_span(hour)))
+        return np.setdiff1d(kept[wanted], await self._timeline.slots(source.id, *span_of(hour)))
 
     async def look(
         self, source: Source, slots: NDArray[np.int64], patience_s: float, go_on: Callable[[], Awaitable[None]]
@@ -135,7 +135,7 @@ class SecondLook:
 
         What a stream's retention takes is not wanted: a picture may be kept for longer than what was made of it.
         """
-        first, behind = _span(hour)
+        first, behind = span_of(hour)
         if isinstance(source, Stream):
             first = max(first, math.ceil((self._now() - source.retention_hours * 3600) * source.fps))
         spans = [
@@ -144,8 +144,3 @@ class SecondLook:
             if one.source_id == source.id
         ]
         return [(start, end) for start, end in spans if start < end]
-
-
-def _span(hour: int) -> tuple[int, int]:
-    """Return the slots [start, end) of an hour."""
-    return hour * HOUR_SLOTS, (hour + 1) * HOUR_SLOTS

@@ -9,8 +9,10 @@ from pathlib import PurePath
 
 from ingest.assignment import Archive, ArchiveReport, Assignment, Camera, CameraReport, Damage, Missing
 from store.cipher import WrongKey
+from store.gaps import Gap
 from store.leases import Leases
-from store.sources import Gap, SourceNotFound, Sources, Stream, StreamStatus, Video, VideoStatus
+from store.source import SourceNotFound, Stream, StreamStatus, Video, VideoStatus
+from store.sources import Sources
 from store.timeline import Timeline
 
 logger = logging.getLogger(__name__)

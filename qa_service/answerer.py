@@ -55,7 +55,8 @@ from store.counters import Counters
 from store.hot import FrameNotKept
 from store.keyframes import Keyframes
 from store.moments import Moment, Span
-from store.sources import Source, Sources
+from store.source import Source
+from store.sources import Sources
 from store.timeline import Timeline
 from store.token_cache import TokenCache
 

@@ -39,12 +39,11 @@ from qa_service.validation import refusal
 from store.idempotency import Idempotency
 from store.memory import Memory
 from store.room import Room
-from store.sources import (
+from store.source import (
     Damage,
     KeyframesOutlive,
     NewStream,
     NewVideo,
-    Sources,
     Stream,
     StreamChanges,
     StreamExists,
@@ -52,6 +51,7 @@ from store.sources import (
     Video,
     VideoNotFound,
 )
+from store.sources import Sources
 
 WAIT_STEP_S = 0.1
 _REFUSED = frozenset({"auth_failed", "disabled"})

@@ -14,7 +14,8 @@ from qa_service.errors import BadTimeRange
 from qa_service.schemas import GapBody, StreamRange, Time, VideoRange
 from store.gaps import Gap, GapReason
 from store.keyframes import Keyframes
-from store.sources import Source, SourceNotFound, Sources, Stream, StreamNotFound, Video, VideoNotFound
+from store.source import Source, SourceNotFound, Stream, StreamNotFound, Video, VideoNotFound
+from store.sources import Sources
 from store.timeline import Timeline
 
 _EVER = 1 << 62

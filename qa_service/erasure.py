@@ -13,7 +13,8 @@ from store.erasures import FOLLOW_EVERY_S
 from store.gaps import Gap
 from store.leases import Leases
 from store.memory import Memory
-from store.sources import Source, Sources, Stream, Video
+from store.source import Source, Stream, Video
+from store.sources import Sources
 
 logger = logging.getLogger(__name__)
 

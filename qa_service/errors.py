@@ -16,9 +16,10 @@ from store.events import BadEventId
 from store.hot import FrameNotKept
 from store.idempotency import IdempotencyConflict
 from store.imports import ImportNotFound
+from store.pages import BadCursor
 from store.recomputations import RecomputationEnded, RecomputationNotFound
-from store.sources import BadCursor, SourceNotFound, StreamNotFound, VideoNotFound
-from store.sources import StateConflict as SourceStateConflict
+from store.source import SourceNotFound, StreamNotFound, VideoNotFound
+from store.source import StateConflict as SourceStateConflict
 
 RETRY_AFTER_S = 2
 

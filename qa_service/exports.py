@@ -17,7 +17,7 @@ from store.hot import FrameNotKept
 from store.keyframes import Keyframes
 from store.portable import write_frames, write_keyframes
 from store.segments import Hour
-from store.sources import Source, Stream, Video
+from store.source import Source, Stream, Video
 from store.timeline import Timeline
 
 TRIES = 20  # of an hour from which something is erased again and again while it is read

@@ -8,7 +8,7 @@ from qa_service.errors import inverted
 from qa_service.schemas import MomentBody, MomentList, SearchCoverage, SearchRequest, StreamRange, VideoRange
 from qa_service.seams import MomentSearch, SearchSpace
 from store.moments import Span
-from store.sources import Source
+from store.source import Source
 
 
 class Finder:

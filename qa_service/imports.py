@@ -25,13 +25,13 @@ from qa_service.schemas import (
 )
 from qa_service.upload import receive_body
 from store.connection import StoreUnavailable
-from store.format import HOUR_SLOTS, TokenFormat
+from store.format import TokenFormat, span_of
 from store.hour_files import HourFileDamaged
 from store.imports import IDLE_S, ImportedTooMuch, Imports, NewImport
 from store.keyframes import Keyframes
 from store.portable import DamagedHour, max_frames_bytes, read_frames, read_keyframes
 from store.room import Room
-from store.sources import Stream, StreamExists
+from store.source import Stream, StreamExists
 from store.timeline import Timeline
 
 logger = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ class Importer:
         async with self._received(caller, source_id, chunks, self._max_hour_bytes) as (content, new):
             jpegs = await _read(lambda: self._pictures(content(), hour))
             _require_within(new, hour, min(jpegs), max(jpegs))
-            kept = await self._timeline.slots(source_id, hour * HOUR_SLOTS, (hour + 1) * HOUR_SLOTS)
+            kept = await self._timeline.slots(source_id, *span_of(hour))
             if not jpegs.keys() <= set(kept.tolist()):
                 raise DamagedExport("The hour has keyframes of frames that did not come.")
             for _ in range(TRIES):

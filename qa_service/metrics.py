@@ -10,8 +10,10 @@ from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from prometheus_client import Counter as Total
 
 from store.counters import Counters
+from store.pages import PAGE_LIMIT
 from store.sizes import KeyframeHours, TokenHours
-from store.sources import PAGE_LIMIT, Sources, Stream, StreamState, StreamStatus, Video, VideoState
+from store.source import Stream, StreamState, StreamStatus, Video, VideoState
+from store.sources import Sources
 
 STREAM_STATES = get_args(StreamState)
 VIDEO_STATES = get_args(VideoState)

@@ -17,7 +17,8 @@ from qa_service.schemas import (
     VideoRange,
 )
 from store.recomputations import Recomputation, Recomputations, Wanted
-from store.sources import Source, SourceNotFound, Sources, Stream
+from store.source import Source, SourceNotFound, Stream
+from store.sources import Sources
 
 logger = logging.getLogger(__name__)
 

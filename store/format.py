@@ -19,6 +19,11 @@ def hours_of(start: int | None, end: int | None) -> tuple[int | None, int | None
     return None if start is None else start // HOUR_SLOTS, None if end is None else (end - 1) // HOUR_SLOTS
 
 
+def span_of(hour: int) -> tuple[int, int]:
+    """Return the slots [start, end) of an hour."""
+    return hour * HOUR_SLOTS, (hour + 1) * HOUR_SLOTS
+
+
 class TokenFormat(BaseModel):
     """The layout of a frame token (C2, D) and its search vector (P,), and the model that makes them.
 

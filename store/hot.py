@@ -254,8 +254,12 @@ async def _blocks(redis: Redis, keys: TimelineKeys, start: int | None, end: int 
 
 async def formats_of(redis: Redis, source_id: str) -> list[TokenFormat]:
     """Return the formats in which tokens of the source are kept, one for each model that saw it."""
-    formats: dict[Any, Any] = await redis.hgetall(formats_key(source_id))
-    return [TokenFormat.model_validate_json(raw) for raw in formats.values()]
+    return read_formats(await redis.hgetall(formats_key(source_id)))
+
+
+def read_formats(raw: Mapping[Any, Any]) -> list[TokenFormat]:
+    """Read the hash of a source's formats."""
+    return [TokenFormat.model_validate_json(text) for text in raw.values()]
 
 
 async def has_tokens(redis: Redis, source_id: str) -> bool:

@@ -8,7 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from redis.asyncio import Redis
 
 from store.gaps import Gap
-from store.sources import NewStream, NewVideo, Source, SourceNotFound, Sources, StreamStatus, VideoStatus
+from store.source import NewStream, NewVideo, Source, SourceNotFound, StreamStatus, VideoStatus
+from store.sources import Sources
 
 IDLE_S = 3600  # an import that goes on no more is given up after this time, and what came of it is erased
 RETENTION_HOURS = 24.0 * 366 * 10  # of an imported stream: its memory is old when it comes

@@ -23,7 +23,8 @@ from store.recovery import Recovery
 from store.retention import Retention
 from store.rounds import Rounds
 from store.settings import StoreSettings
-from store.sources import Kept, Source, Sources, Stream, Video
+from store.source import Source, Stream, Video
+from store.sources import Kept, Sources
 from store.timeline import Timeline
 
 logger = logging.getLogger(__name__)

@@ -228,12 +228,7 @@ class Keyframes:
             except HourFileGone:  # an erasure took it for what a crash has left, and so the hour has changed
                 return False
         done = await self._packed.replace(source_id, hour, old, new, changes=changes)
-        superseded = old if done else new
-        if superseded is None:
-            return done
-        unnamed = await self._packed.disown(source_id, hour, superseded.file)
-        await self._packs.remove(source_id, hour, *unnamed)
-        return done or not unnamed  # what was found and adopted before it could count does count
+        return await self._packed.settle(self._packs, source_id, hour, old, new, done=done)
 
     async def _erase(
         self, source_id: str, start: int | None, end: int | None, packed_start: int | None, packed_end: int | None

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from store.connection import StoreUnavailable
-from store.format import HOUR_SLOTS
+from store.format import HOUR_SLOTS, span_of
 from store.hour_states import UNKNOWN, HourState, Run, SourceHours
 from store.settings import StoreSettings
 from store.shard_cache import SOURCES_AT_ONCE, ShardCache, each
@@ -247,7 +247,7 @@ class _Asked:
 
     def part(self, hour: int) -> "_Part":
         """Return what is asked of an hour."""
-        start, end = hour * HOUR_SLOTS, (hour + 1) * HOUR_SLOTS
+        start, end = span_of(hour)
         first = bisect_right(self.runs, start, key=itemgetter(1))
         last = bisect_left(self.runs, end, key=itemgetter(0))
         allowed = self.allowed

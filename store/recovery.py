@@ -20,7 +20,8 @@ from store.keys import KeyframeKeys, TimelineKeys
 from store.memory import Memory
 from store.packs import LABEL, Pack, Packs
 from store.segments import Manifest, Segments
-from store.sources import Source, SourceNotFound, Sources, Stream, Video
+from store.source import Source, SourceNotFound, Stream, Video
+from store.sources import Sources
 from store.timeline import Timeline
 
 logger = logging.getLogger(__name__)

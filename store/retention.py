@@ -17,7 +17,8 @@ from store.memory import Erased, Memory
 from store.rounds import Rounds
 from store.settings import StoreSettings
 from store.sizes import Hours, KeyframeHours, TokenHours
-from store.sources import Source, Sources, Stream
+from store.source import Source, Stream
+from store.sources import Sources
 from store.timeline import NOTHING_ERASED
 
 logger = logging.getLogger(__name__)

@@ -180,6 +180,20 @@ class _Hours(ABC, Generic[M, K]):
         keys = self.keys(source_id)
         await self._recount([keys.sealed, keys.totals])
 
+    async def settle(
+        self, files: HourFiles, source_id: str, hour: int, old: M | None, new: M | None, *, done: bool
+    ) -> bool:
+        """Remove what a `replace` that was done or not has left over, and return whether `new` counts.
+
+        It may count though the `replace` failed: somebody found its file, and adopted it.
+        """
+        superseded = old if done else new
+        if superseded is None:
+            return done
+        unnamed = await self.disown(source_id, hour, superseded.file)
+        await files.remove(source_id, hour, *unnamed)
+        return done or not unnamed
+
     async def remove_leftovers(
         self, files: HourFiles, source_id: str, label: str, first: int | None, last: int | None
     ) -> None:

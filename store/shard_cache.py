@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from store.connection import StoreUnavailable
-from store.format import BLOCK_SLOTS, BLOCKS_PER_HOUR, HOUR_SLOTS
+from store.format import BLOCK_SLOTS, BLOCKS_PER_HOUR, span_of
 from store.hot import FrameNotKept
 from store.hour_files import HourFileDamaged
 from store.hour_states import HourState, Sealed, SourceHours
@@ -170,13 +170,13 @@ class ShardCache:
 
     async def _content(self, state: HourState) -> _Content:
         """Return what an hour consists of now."""
-        source_id, hour, first = state.source_id, state.hour, state.hour * HOUR_SLOTS
+        source_id, hour = state.source_id, state.hour
         sealed = [] if state.file is None else await self._timeline.sealed(source_id, hour, hour)
         if sealed and not state.mark:
             return _Content(sealed[0].slots, {}, is_exact=False)
         blocks = range(hour * BLOCKS_PER_HOUR, (hour + 1) * BLOCKS_PER_HOUR)
         marks = await self._timeline.marks(source_id, blocks)  # before what they stand for
-        slots = await self._timeline.slots(source_id, first, first + HOUR_SLOTS)
+        slots = await self._timeline.slots(source_id, *span_of(hour))
         is_exact = not sealed or not np.isin(slots, sealed[0].slots).all()
         return _Content(slots, {block: hot for block, (hot, _) in zip(blocks, marks, strict=True) if hot}, is_exact)
 

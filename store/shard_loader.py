@@ -10,7 +10,8 @@ from store.connection import StoreUnavailable
 from store.format import HOUR_SLOTS
 from store.hour_states import HourState, SourceHours
 from store.shard_cache import ShardCache, each
-from store.sources import Source, Sources, Video
+from store.source import Source, Video
+from store.sources import Sources
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ from typing import Any, Protocol
 
 from redis.asyncio import Redis
 
-from store.format import BLOCKS_PER_HOUR, HOUR_SLOTS, TokenFormat
-from store.hot import HotTimeline
+from store.format import BLOCKS_PER_HOUR, span_of
+from store.hot import HotTimeline, formats_of, read_formats
 from store.keys import KeyframeKeys, TimelineKeys, formats_key
 from store.loose import LooseHours, parse_loose
 from store.sealed import PackedHours, SealedHours
@@ -45,7 +45,7 @@ class TokenHours:
 
     async def next(self, source_id: str, hour: int) -> int | None:
         found: list[int] = []
-        for format in await self._formats(source_id):
+        for format in await formats_of(self._redis, source_id):
             keys = TimelineKeys(source_id, format.fingerprint)
             async with self._redis.pipeline(transaction=False) as pipe:
                 pipe.zrangebyscore(keys.blocks, hour * BLOCKS_PER_HOUR, "+inf", start=0, num=1)
@@ -56,8 +56,8 @@ class TokenHours:
 
     async def nbytes(self, source_id: str, hour: int) -> int:
         total = 0
-        for format in await self._formats(source_id):
-            hot = await HotTimeline(self._redis, format).slots(source_id, hour * HOUR_SLOTS, (hour + 1) * HOUR_SLOTS)
+        for format in await formats_of(self._redis, source_id):
+            hot = await HotTimeline(self._redis, format).slots(source_id, *span_of(hour))
             sealed = await SealedHours(self._redis, format).between(source_id, hour, hour)
             total += len(hot) * format.frame_bytes + sum(manifest.size for manifest in sealed)
         return total
@@ -69,7 +69,7 @@ class TokenHours:
             async with self._redis.pipeline(transaction=False) as pipe:
                 for source_id in some:
                     pipe.hgetall(formats_key(source_id))
-                formats = [_formats(raw) for raw in await pipe.execute()]
+                formats = [read_formats(raw) for raw in await pipe.execute()]
             async with self._redis.pipeline(transaction=False) as pipe:
                 for source_id, its_formats in zip(some, formats, strict=True):
                     for format in its_formats:
@@ -88,11 +88,8 @@ class TokenHours:
 
     async def recount(self, source_id: str) -> None:
         """Count anew what the segments of a source add up to."""
-        for format in await self._formats(source_id):
+        for format in await formats_of(self._redis, source_id):
             await SealedHours(self._redis, format).recount(source_id)
-
-    async def _formats(self, source_id: str) -> list[TokenFormat]:
-        return _formats(await self._redis.hgetall(formats_key(source_id)))
 
 
 class KeyframeHours:
@@ -126,10 +123,6 @@ class KeyframeHours:
             for source_id, packed, loose in zip(some, replies[::2], replies[1::2], strict=True):
                 totals[source_id] = int(packed or 0) + sum(one.nbytes for one in parse_loose(loose).values())
         return totals
-
-
-def _formats(raw: dict[Any, Any]) -> list[TokenFormat]:
-    return [TokenFormat.model_validate_json(text) for text in raw.values()]
 
 
 def _parts(source_ids: Sequence[str]) -> Iterator[Sequence[str]]:

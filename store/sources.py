@@ -1,232 +1,40 @@
 """The registry: streams and videos, their state and their gaps. The one truth about them for every process."""
 
-import base64
 import math
-import re
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypedDict, TypeVar, Unpack
+from typing import Any, TypeVar, Unpack
 from uuid import uuid4
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic import BaseModel
 from redis.asyncio import Redis
 
 from store.cipher import Cipher
 from store.events import Events
-from store.gaps import Gap as Gap
-from store.gaps import Gaps
+from store.gaps import Gap, Gaps
 from store.hot import has_tokens
 from store.leases import Leases, lease_key
-
-Item = TypeVar("Item")
-StreamState = Literal["connecting", "online", "degraded", "reconnecting", "auth_failed", "disabled"]
-VideoState = Literal["queued", "processing", "ready", "failed"]
-PAGE_LIMIT = 1000
-
-
-class SourceNotFound(LookupError):
-    """No such source, or it was purged."""
-
-    def __str__(self) -> str:
-        return f"there is no source {self.args[0]}"
-
-
-class StreamNotFound(SourceNotFound):
-    """No such stream, or it was deleted."""
-
-    def __str__(self) -> str:
-        return f"there is no stream {self.args[0]}"
-
-
-class VideoNotFound(SourceNotFound):
-    """No such video, or it was deleted."""
-
-    def __str__(self) -> str:
-        return f"there is no video {self.args[0]}"
-
-
-class StreamExists(ValueError):
-    """Another stream has the same name or address."""
-
-    def __init__(self, existing_id: str, field: Literal["name", "url"]) -> None:
-        super().__init__(existing_id, field)
-        self.existing_id = existing_id
-        self.field = field
-
-    def __str__(self) -> str:
-        return (
-            f"stream {self.existing_id} has this {self.field} already; change that one or choose another {self.field}"
-        )
-
-
-class KeyframesOutlive(ValueError):
-    """Keyframes would be kept longer than the frame tokens they belong to."""
-
-    def __init__(self, keyframe_hours: float, retention_hours: float) -> None:
-        super().__init__(keyframe_hours, retention_hours)
-        self.keyframe_hours = keyframe_hours
-        self.retention_hours = retention_hours
-
-    def __str__(self) -> str:
-        return (
-            f"keyframes cannot be kept for {self.keyframe_hours:g} hours when their frames are kept for "
-            f"{self.retention_hours:g}: lower the one or raise the other"
-        )
-
-
-class StateConflict(RuntimeError):
-    """The source is in a state that does not allow what was asked."""
-
-
-class BadCursor(ValueError):
-    """A cursor that no list has given out."""
-
-    def __str__(self) -> str:
-        return "the cursor is not one that this list returned; start without one"
-
-
-class _Frozen(BaseModel):
-    # Inputs are hidden because one of them may be a password.
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
-
-
-class NewStream(_Frozen):
-    """What a stream is registered with; one whose memory is imported has no url until it is given one."""
-
-    name: str = Field(min_length=1, max_length=200)
-    url: str | None = Field(min_length=1, max_length=2000, description="rtsp:// or rtsps:// without credentials.")
-    username: str | None = None
-    password: SecretStr | None = None
-    transport: Literal["tcp", "udp"] = "tcp"
-    fps: float = Field(default=1.0, gt=0, le=30, allow_inf_nan=False)
-    labels: dict[str, str] = Field(default_factory=dict)
-    retention_hours: float = Field(default=168.0, gt=0, allow_inf_nan=False)
-    retention_bytes: int | None = Field(default=None, gt=0, description="Of frame tokens; None: no limit.")
-    keyframe_hours: float | None = Field(
-        default=None, gt=0, allow_inf_nan=False, description="At most `retention_hours`; None: as long as those."
-    )
-    keyframe_bytes: int | None = Field(default=None, gt=0, description="None: no limit.")
-    enabled: bool = True
-
-    @model_validator(mode="after")
-    def _can_be_opened(self) -> "NewStream":
-        if self.enabled and self.url is None:
-            raise ValueError("a stream without a url cannot be enabled")
-        return self
-
-
-class StreamChanges(TypedDict, total=False):
-    """What may be changed of a stream; `password` None removes it."""
-
-    name: str
-    url: str
-    username: str | None
-    password: str | None
-    transport: Literal["tcp", "udp"]
-    fps: float
-    labels: dict[str, str]
-    retention_hours: float
-    retention_bytes: int | None
-    keyframe_hours: float | None
-    keyframe_bytes: int | None
-    enabled: bool
-
-
-class Stream(_Frozen):
-    """A registered camera. `deleted`: no longer listed or recorded, its memory answers until retention takes it.
-
-    One that was imported has no url until it is given one, and `created_at` is where its memory begins.
-    """
-
-    id: str
-    name: str
-    url: str | None
-    username: str | None
-    has_password: bool
-    transport: Literal["tcp", "udp"]
-    fps: float
-    labels: dict[str, str]
-    retention_hours: float
-    retention_bytes: int | None = None
-    keyframe_hours: float | None = None
-    keyframe_bytes: int | None = None
-    enabled: bool
-    created_at: float
-    deleted: bool = False
-
-
-class StreamStatus(_Frozen):
-    """How a stream is doing; times in seconds since the Unix epoch."""
-
-    state: StreamState
-    since: float
-    reason: str | None = None
-    last_frame_at: float | None = None
-    lag_s: float | None = None
-    reconnects_1h: int = 0
-    frames_1h: int = 0
-    dropped_frames: int = 0
-    next_retry_at: float | None = None
-    clock: Literal["camera", "arrival"] | None = None
-
-
-class NewVideo(_Frozen):
-    """What a video is registered with: a file in the upload folder, or the address to download it from."""
-
-    name: str = Field(min_length=1, max_length=200)
-    file: str | None = None
-    url: str | None = None
-    recorded_at: float | None = None
-    fps: float = Field(default=1.0, gt=0, le=30, allow_inf_nan=False)
-
-
-class Damage(_Frozen):
-    """What a file does not give: it holds `held_s` of its duration, `lost_s` have no picture, `errors` were met."""
-
-    held_s: float
-    lost_s: float
-    errors: int
-
-
-class VideoStatus(_Frozen):
-    """How far a video has been read: progress 0..1, durations in seconds."""
-
-    status: VideoState = "queued"
-    progress: float = Field(default=0.0, ge=0, le=1)
-    eta_s: float | None = None
-    duration_s: float | None = None
-    error: str | None = None
-    damage: Damage | None = None
-
-
-class Video(_Frozen):
-    """An archived file and how far it has been read."""
-
-    id: str
-    name: str
-    file: str | None
-    url: str | None
-    recorded_at: float | None
-    fps: float
-    created_at: float
-    status: VideoState
-    progress: float
-    eta_s: float | None
-    duration_s: float | None
-    error: str | None
-    damage: Damage | None
-
-
-Source = Stream | Video
-
-
-@dataclass(frozen=True, slots=True)
-class Page(Generic[Item]):
-    """A part of a list in order of creation; `next_cursor` is None on the last one."""
-
-    items: tuple[Item, ...]
-    next_cursor: str | None
+from store.pages import Page, read_page
+from store.source import (
+    Frozen,
+    KeyframesOutlive,
+    NewStream,
+    NewVideo,
+    Source,
+    SourceNotFound,
+    StateConflict,
+    Stream,
+    StreamChanges,
+    StreamExists,
+    StreamNotFound,
+    StreamState,
+    StreamStatus,
+    Video,
+    VideoNotFound,
+    VideoState,
+    VideoStatus,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +46,7 @@ class Kept:
     hidden: bool = False
 
 
-class _StreamRecord(_Frozen):
+class _StreamRecord(Frozen):
     stream: Stream
     secret: str | None  # the encrypted password
     purge: bool = False
@@ -250,7 +58,7 @@ class _StreamRecord(_Frozen):
         return not (self.purge or self.hidden)
 
 
-class _VideoRecord(_Frozen):
+class _VideoRecord(Frozen):
     id: str
     new: NewVideo
     created_at: float
@@ -359,7 +167,7 @@ class Sources:
             statuses = await self.statuses([stream for stream in chosen if stream])
             return [stream if stream and statuses[stream.id].state == state else None for stream in chosen]
 
-        return await self._page(f"{_STREAMS}:order", choose, cursor, limit, visible)
+        return await read_page(self._redis, f"{_STREAMS}:order", choose, cursor, limit, visible)
 
     async def update_stream(self, stream_id: str, **changes: Unpack[StreamChanges]) -> Stream:
         """Change a stream and return it; its owner loses it, so that it is claimed anew with the new settings.
@@ -480,7 +288,7 @@ class Sources:
             videos = [found.get(video_id) for video_id in ids]
             return [video if video and status in (None, video.status) else None for video in videos]
 
-        return await self._page(f"{_VIDEOS}:order", choose, cursor, limit, visible)
+        return await read_page(self._redis, f"{_VIDEOS}:order", choose, cursor, limit, visible)
 
     async def set_video_status(self, video_id: str, epoch: int, status: VideoStatus) -> bool:
         """Note what the owner reports; False, and nothing noted, if the epoch is stale."""
@@ -738,57 +546,6 @@ class Sources:
     async def _tell_video(self, video_id: str, status: VideoStatus) -> None:
         facts = status.model_dump(include={"status", "progress", "error"})
         await self._events.add("video.status", video_id, facts)
-
-    async def _page(
-        self,
-        order: str,
-        choose: "Callable[[Sequence[str]], Awaitable[list[Item | None]]]",
-        cursor: str | None,
-        limit: int,
-        visible: frozenset[str] | None,
-    ) -> Page[Item]:
-        """Walk the order after the cursor until `limit` chosen items and the proof of a next one are found."""
-        limit = min(max(limit, 1), PAGE_LIMIT)
-        position = _Cursor.read(cursor)
-        items: list[Item] = []
-        last = position
-        while True:
-            rows: list[Any] = await self._redis.zrangebyscore(
-                order, f"({position}", "+inf", start=0, num=max(limit, 100), withscores=True
-            )
-            if not rows:
-                return Page(tuple(items), None)
-            position = int(rows[-1][1])
-            seen = [(row[0].decode(), int(row[1])) for row in rows]
-            seen = [row for row in seen if visible is None or row[0] in visible]
-            for item, (_, number) in zip(await choose([row[0] for row in seen]), seen, strict=True):
-                if item is None:
-                    continue
-                if len(items) == limit:
-                    return Page(tuple(items), _Cursor.write(last))
-                items.append(item)
-                last = number
-
-
-class _Cursor:
-    """The position of a list's last item, as text that invites nobody to compute with it."""
-
-    @staticmethod
-    def write(position: int) -> str:
-        return base64.urlsafe_b64encode(f"after:{position}".encode()).decode().rstrip("=")
-
-    @staticmethod
-    def read(cursor: str | None) -> int:
-        if cursor is None:
-            return 0
-        try:
-            text = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
-        except ValueError:
-            raise BadCursor(cursor) from None
-        found = re.fullmatch(rb"after:(\d{1,15})", text)
-        if found is None:
-            raise BadCursor(cursor)
-        return int(found[1])
 
 
 def _parse(kind: type[_Record], raw: bytes | None) -> _Record | None:

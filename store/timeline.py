@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from redis.asyncio import Redis
 
 from store.connection import StoreUnavailable
-from store.format import BLOCKS_PER_HOUR, HOUR_SLOTS, TIME_DTYPE, VECTOR_DTYPE, TokenFormat, hours_of
+from store.format import BLOCKS_PER_HOUR, HOUR_SLOTS, TIME_DTYPE, VECTOR_DTYPE, TokenFormat, hours_of, span_of
 from store.hot import Entry, FrameNotKept, HotTimeline, formats_of
 from store.hour_files import HourFileDamaged, HourFileGone
 from store.keys import BLOCK_MARK, SEALED_MARK
@@ -232,14 +232,9 @@ class Timeline:
 
     async def _erase_sealed(self, source_id: str, old: Manifest, start: int | None, end: int | None) -> int | None:
         """Erase sealed slots [start, end) of an hour and return their number; None if the hour changed meanwhile."""
-        slots = old.slots
-        doomed = slots[
-            slice(
-                *np.searchsorted(
-                    slots, [_span(old.hour)[0] if start is None else start, _span(old.hour)[1] if end is None else end]
-                )
-            )
-        ]
+        first, behind = span_of(old.hour)
+        low, high = np.searchsorted(old.slots, [first if start is None else start, behind if end is None else end])
+        doomed = old.slots[low:high]
         if not len(doomed):
             return 0
         changes = await self._sealed.changes(source_id, old.hour)
@@ -274,19 +269,14 @@ class Timeline:
                 new = await self._segments.write(source_id, self.format, hour, generation, rows)
             except HourFileGone:  # an erasure took it for what a crash has left, and so the hour has changed
                 return False
-        kept = len(await self._hot.slots(source_id, *_span(hour))) + (0 if old is None else old.frames)
+        kept = len(await self._hot.slots(source_id, *span_of(hour))) + (0 if old is None else old.frames)
         gone = kept - len(rows.slots)
         done = await self._sealed.replace(source_id, hour, old, new, changes=changes, as_of=as_of, gone=gone)
-        superseded = old if done else new
-        if superseded is None:
-            return done
-        unnamed = await self._sealed.disown(source_id, hour, superseded.file)
-        await self._segments.remove(source_id, hour, *unnamed)
-        return done or not unnamed  # what was found and adopted before it could count does count
+        return await self._sealed.settle(self._segments, source_id, hour, old, new, done=done)
 
     async def _hour(self, source_id: str, hour: int, without: NDArray[np.int64] | None = None) -> Hour:
         """Read what is kept of an hour. FrameNotKept if it changes meanwhile."""
-        slots = await self.slots(source_id, *_span(hour))
+        slots = await self.slots(source_id, *span_of(hour))
         if without is not None:
             slots = np.setdiff1d(slots, without)
         return Hour(
@@ -328,9 +318,9 @@ class Timeline:
         wanted, places = np.unique(slots, return_inverse=True)
         rows = np.empty((len(wanted), row_bytes), np.uint8)
         left = np.ones(len(wanted), np.bool_)
-        hot = await self._hot.slots(source_id, _span(sealed[0].hour)[0], _span(sealed[-1].hour)[1])
+        hot = await self._hot.slots(source_id, span_of(sealed[0].hour)[0], span_of(sealed[-1].hour)[1])
         for manifest in sealed:
-            low, high = np.searchsorted(wanted, _span(manifest.hour))
+            low, high = np.searchsorted(wanted, span_of(manifest.hour))
             here = wanted[low:high]
             is_sealed = np.isin(here, manifest.slots) & ~np.isin(here, hot)
             if is_sealed.all() and len(here):
@@ -358,8 +348,3 @@ def _merged(kept: Hour, rows: Hour, is_new: NDArray[np.bool_]) -> Hour:
         vectors=both(kept.vectors, rows.vectors),
         times=both(kept.times, rows.times),
     )
-
-
-def _span(hour: int) -> tuple[int, int]:
-    """Return the slots [start, end) of an hour."""
-    return hour * HOUR_SLOTS, (hour + 1) * HOUR_SLOTS

@@ -65,7 +65,8 @@ from store.room import Room
 from store.segments import Segments
 from store.settings import StoreSettings
 from store.sizes import KeyframeHours, TokenHours
-from store.sources import NewStream, NewVideo, Sources, Stream, StreamStatus, Video, VideoStatus
+from store.source import NewStream, NewVideo, Stream, StreamStatus, Video, VideoStatus
+from store.sources import Sources
 from store.timeline import Timeline
 from tests.ingest_parts import settings as ingest_settings
 

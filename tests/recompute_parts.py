@@ -27,7 +27,8 @@ from store.memory import Memory
 from store.recomputations import Recomputation, Recomputations, Wanted
 from store.room import Room
 from store.segments import Segments
-from store.sources import NewStream, NewVideo, Sources, Stream, Video, VideoStatus
+from store.source import NewStream, NewVideo, Stream, Video, VideoStatus
+from store.sources import Sources
 from store.timeline import Timeline
 from tests.qa_parts import keyframe
 

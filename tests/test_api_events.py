@@ -15,7 +15,7 @@ from qa_service.settings import ApiKey, ApiSettings
 from store import events as event_log
 from store.events import Events
 from store.leases import Leases
-from store.sources import NewStream, NewVideo, StreamStatus, VideoStatus
+from store.source import NewStream, NewVideo, StreamStatus, VideoStatus
 from tests.qa_http import Service, serving
 
 

@@ -17,7 +17,7 @@ from store.format import HOUR_SLOTS
 from store.memory import Memory
 from store.recomputations import facts
 from store.room import Room
-from store.sources import NewVideo, VideoStatus
+from store.source import NewVideo, VideoStatus
 from tests.qa_http import serving
 from tests.qa_parts import Parts, open_parts
 from tests.recompute_parts import Place, load, work

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from qa_service.settings import ApiSettings
-from store.sources import StreamStatus
+from store.source import StreamStatus
 from tests.ingest_parts import LOCAL, simulated_camera
 from tests.qa_parts import open_parts
 

@@ -19,7 +19,7 @@ from deploy.client import Answer, Cited, Client, Completed, Created, Delta, Ques
 from deploy.sample_clip import write_sample_clip
 from qa_service.settings import ApiKey, ApiSettings
 from store.gaps import Gap
-from store.sources import NewStream, VideoStatus
+from store.source import NewStream, VideoStatus
 from tests.ingest_parts import simulated_camera
 from tests.qa_http import serving
 from tests.untrained import write_untrained_checkpoint

@@ -13,7 +13,8 @@ from store.connection import StoreRedis, connect
 from store.format import TokenFormat
 from store.leases import Leases
 from store.segments import Segments
-from store.sources import NewStream, NewVideo, Sources
+from store.source import NewStream, NewVideo
+from store.sources import Sources
 from store.timeline import Timeline
 
 SEGMENTS = Segments("memory://segments")  # where nothing is sealed

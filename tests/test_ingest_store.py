@@ -32,7 +32,8 @@ from store.leases import Leases
 from store.memory import Memory
 from store.segments import Segments
 from store.settings import StoreSettings
-from store.sources import NewStream, NewVideo, Sources
+from store.source import NewStream, NewVideo
+from store.sources import Sources
 from store.timeline import Timeline
 from tests.ingest_parts import encode, free_port, settings, simulated_camera, steady
 from tests.test_store_connection import server_pid

@@ -31,7 +31,7 @@ from store.recomputations import (
     ended,
     facts,
 )
-from store.sources import VideoStatus
+from store.source import VideoStatus
 from tests.recompute_parts import LATE_MS, PASS, Place, load, work
 from tests.test_ingest_store import eventually
 from tests.test_store_connection import server_pid

@@ -23,7 +23,8 @@ from store.memory import Memory
 from store.room import Room
 from store.segments import Segments
 from store.settings import StoreSettings
-from store.sources import NewStream, Sources
+from store.source import NewStream
+from store.sources import Sources
 from store.timeline import Timeline
 from tests.small_disk import FILLER, fill, make_room, small_disk
 from tests.test_store_connection import server_pid, wait_for_end

@@ -17,6 +17,7 @@ from store.cipher import Cipher
 from store.connection import StoreRedis, StoreUnavailable
 from store.events import BEFORE_ALL, Events
 from store.format import HOUR_SLOTS, TokenFormat
+from store.gaps import Gap
 from store.hot import Entry, FrameNotKept
 from store.janitor import Janitor, SweepReport
 from store.keyframes import Keyframes
@@ -24,7 +25,8 @@ from store.leases import Leases
 from store.memory import Memory
 from store.segments import Segments
 from store.settings import StoreSettings
-from store.sources import Gap, NewStream, NewVideo, Sources, VideoStatus
+from store.source import NewStream, NewVideo, VideoStatus
+from store.sources import Sources
 from store.timeline import Timeline
 
 SEGMENTS = Segments("memory://segments")  # where nothing is sealed

@@ -18,6 +18,7 @@ from store.cipher import Cipher
 from store.connection import EmbeddedRedis, StoreRedis, connect
 from store.files import Files
 from store.format import HOUR_SLOTS
+from store.gaps import Gap
 from store.hot import FrameNotKept
 from store.janitor import Janitor
 from store.keyframes import Keyframes
@@ -26,7 +27,8 @@ from store.memory import Memory
 from store.recovery import Recovered, Recovery
 from store.segments import Segments
 from store.settings import StoreSettings
-from store.sources import Gap, NewStream, NewVideo, Sources, Stream, StreamNotFound, Video, VideoStatus
+from store.source import NewStream, NewVideo, Stream, StreamNotFound, Video, VideoStatus
+from store.sources import Sources
 from store.timeline import Timeline
 from tests.ingest_parts import until
 from tests.test_store_connection import server_pid

@@ -16,6 +16,7 @@ from store.cipher import Cipher
 from store.connection import StoreRedis, StoreUnavailable
 from store.files import Files
 from store.format import HOUR_SLOTS, TokenFormat
+from store.gaps import Gap
 from store.hot import Entry
 from store.janitor import Janitor, SweepReport
 from store.keyframes import Keyframes
@@ -24,7 +25,8 @@ from store.memory import Memory
 from store.segments import Segments
 from store.settings import StoreSettings
 from store.sizes import KeyframeHours, TokenHours
-from store.sources import Gap, KeyframesOutlive, NewStream, NewVideo, Source, Sources, Stream, VideoStatus
+from store.source import KeyframesOutlive, NewStream, NewVideo, Source, Stream, VideoStatus
+from store.sources import Sources
 from store.timeline import Timeline
 
 FORMAT = TokenFormat(fingerprint="0123456789abcdef", dtype="float16", tokens_per_frame=1, width=64, vector_width=16)

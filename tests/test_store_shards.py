@@ -23,7 +23,8 @@ from store.segments import Manifest, Segments
 from store.settings import StoreSettings
 from store.shard_cache import READS_AT_ONCE
 from store.shards import Shard, shard_bytes
-from store.sources import NewStream, NewVideo, Sources
+from store.source import NewStream, NewVideo
+from store.sources import Sources
 from store.timeline import Timeline
 from tests.ingest_parts import until
 from tests.test_store_moments import ALWAYS, FORMAT, NOON, WIDTH, direction, entry, unit

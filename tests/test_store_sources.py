@@ -16,12 +16,11 @@ from store.counters import Counters
 from store.gaps import PRECEDENCE, Gap, Gaps
 from store.idempotency import Idempotency, IdempotencyConflict
 from store.leases import Leases
-from store.sources import (
-    BadCursor,
+from store.pages import BadCursor
+from store.source import (
     NewStream,
     NewVideo,
     SourceNotFound,
-    Sources,
     StateConflict,
     Stream,
     StreamExists,
@@ -30,6 +29,7 @@ from store.sources import (
     VideoNotFound,
     VideoStatus,
 )
+from store.sources import Sources
 
 PASSWORD = "hunter2 is secret"
 DOOR = NewStream(name="door", url="rtsp://cam/door", username="admin", password=SecretStr(PASSWORD))

@@ -15,8 +15,9 @@ from store.hot import Entry, FrameNotKept, has_tokens
 from store.keyframes import Keyframes
 from store.leases import Leases
 from store.memory import Memory
+from store.pages import BadCursor
 from store.segments import Segments
-from store.sources import BadCursor, StreamExists, StreamNotFound
+from store.source import StreamExists, StreamNotFound
 from store.timeline import StaleEpoch, Timeline
 
 SEGMENTS = Segments("memory://segments")  # where nothing is sealed

@@ -49,7 +49,8 @@ from store.sealed import SealedHours
 from store.segments import Hour, Segments
 from store.settings import StoreSettings
 from store.shards import Shard, search_on_this_thread
-from store.sources import NewStream, Sources
+from store.source import NewStream
+from store.sources import Sources
 from store.timeline import Timeline
 from tests.benchmarks.bench_embedded import resident_mb
 
