@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, Field, SecretStr, ValidationError
 from pydantic_settings import (
     BaseSettings,
     CliApp,
@@ -23,58 +23,17 @@ from pydantic_settings import (
 from yaml import YAMLError
 
 from deploy import display
-from deploy.client import (
-    DEFAULT_URL,
-    ApiError,
-    CameraAddress,
-    Client,
-    Completed,
-    Delta,
-    NewStream,
-    Question,
-    Range,
-    RecomputationFailed,
-    Time,
-    Video,
-    VideoFailed,
-)
+from deploy.bodies import CameraAddress, Completed, Delta, NewStream, Question, Video
+from deploy.client import ApiError, Client, RecomputationFailed, VideoFailed
+from deploy.commands import Ranged, Remote, UsageError
 from deploy.local import CannotServe, run
+from deploy.memory_commands import Erase, Export, Import, Recomputations, Recompute
 from deploy.model_commands import Evaluate, Train
 from deploy.portable import BadPortable
-from deploy.settings import PREFIX, Settings
-from deploy.times import BadTime, parse_duration, parse_moment, parse_position
+from deploy.settings import Settings
+from deploy.times import BadTime, parse_moment
 
 Gib = Annotated[float, Field(ge=2**-30, le=2**30, allow_inf_nan=False)]
-
-
-class UsageError(ValueError):
-    """The command line asks for what cannot be done."""
-
-
-class Connection(BaseSettings):
-    """Where the service is and who asks: TOKENLINE_URL and TOKENLINE_API_KEY.
-
-    The key has no flag: the command line of a process can be read by every user of the machine.
-    """
-
-    model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, frozen=True)
-
-    url: str = DEFAULT_URL
-    api_key: SecretStr | None = None
-
-
-class Remote(BaseModel):
-    """A command that speaks to a running service."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    url: str | None = Field(default=None, description=f"Address of the service; TOKENLINE_URL, else {DEFAULT_URL}.")
-    json_: bool = Field(default=False, alias="json", description="Print JSON.")
-
-    def connect(self) -> Client:
-        """Return a client of the service that flags and environment name."""
-        connection = Connection()
-        return Client(self.url or connection.url, connection.api_key)
 
 
 class Run(Settings):
@@ -290,62 +249,6 @@ class Videos(BaseModel):
         CliApp.run_subcommand(self)
 
 
-class Ranged(Remote):
-    """A command about time ranges of streams and videos."""
-
-    stream: list[str] = Field(default=[], description="A stream, ID or ID@START..END; may be repeated.")
-    video: list[str] = Field(default=[], description="A video, ID or ID@START..END; may be repeated.")
-    last: str | None = Field(default=None, description="The last while of the streams, for example 10m.")
-    start: str | None = Field(default=None, description="Stream: 2h (ago) or a date with zone. Video: 90 or 1:30.")
-    end: str | None = Field(default=None, description="Likewise; without it: now, or the end of the video.")
-
-    def ranges(self, now: datetime, *, open_ended: bool = False) -> tuple[Range, ...]:
-        """Return the ranges that the flags name; UsageError for a stream without times, unless `open_ended`."""
-        if not self.stream and not self.video:
-            raise UsageError("name at least one --stream ID or --video ID")
-        if self.last and (self.start or self.end):
-            raise UsageError("--last and --start/--end exclude each other")
-        if self.stream and self.video and (self.start or self.end):
-            raise UsageError("--start and --end differ for streams and videos: write the range as ID@START..END")
-        streams = [self._stream(named, now, open_ended) for named in self.stream]
-        return (*streams, *(self._video(named) for named in self.video))
-
-    def _stream(self, named: str, now: datetime, open_ended: bool) -> Range:
-        source_id, start, end = _split(named, self.start, self.end)
-        if self.last and "@" not in named:
-            return Range(source_id=source_id, start=now - parse_duration(self.last), end=now)
-        if not start and open_ended:
-            return Range(source_id=source_id, end=parse_moment(end, now) if end else None)
-        if not start:
-            raise UsageError(f"say which time of {source_id} is meant: --last 10m, or --start and --end")
-        return Range(source_id=source_id, start=parse_moment(start, now), end=parse_moment(end or "now", now))
-
-    def _video(self, named: str) -> Range:
-        source_id, start, end = _split(named, self.start, self.end)
-        ends: list[Time | None] = [parse_position(at) if at else None for at in (start, end)]
-        return Range(source_id=source_id, start=ends[0], end=ends[1])
-
-
-def _split(named: str, start: str | None, end: str | None) -> tuple[str, str | None, str | None]:
-    """Split `ID@START..END`; without a range of its own a source has `start` and `end`."""
-    source_id, at, own = named.partition("@")
-    if not at:
-        return source_id, start, end
-    own_start, dots, own_end = own.partition("..")
-    if not dots:
-        raise UsageError(f"{named!r}: write the range as ID@START..END")
-    return source_id, own_start or None, own_end or None
-
-
-def _range_of(source_id: str, start: str | None, end: str | None, now: datetime) -> Range:
-    """Return the range of a source, whose ends are written as its kind has them; None: an open end."""
-    ends: list[Time | None] = [
-        None if not at else parse_position(at) if source_id.startswith("vid_") else parse_moment(at, now)
-        for at in (start, end)
-    ]
-    return Range(source_id=source_id, start=ends[0], end=ends[1])
-
-
 def _bytes(gib: float | None) -> int | None:
     return None if gib is None else round(gib * 2**30)
 
@@ -418,136 +321,6 @@ class Search(Ranged):
                 self.query, self.ranges(datetime.now(UTC), open_ended=True), top_k=self.top_k, min_score=self.min_score
             )
         display.print_json(found) if self.json_ else display.print_moments(found)
-
-
-class Erase(Ranged):
-    """Erase what is remembered of time ranges for good, and print the receipts."""
-
-    everything: bool = Field(default=False, description="Sources that are named without times: all of their memory.")
-
-    def cli_cmd(self) -> None:
-        wanted = self.ranges(datetime.now(UTC), open_ended=self.everything)
-        if not self.everything and (unbounded := [one.source_id for one in wanted if one.start is one.end is None]):
-            raise UsageError(f"say which time of {', '.join(unbounded)} is to be erased, or --everything")
-        with self.connect() as client:
-            receipts = [client.erase(one) for one in wanted]
-        display.print_json(receipts) if self.json_ else display.print_receipts(receipts)
-
-
-class Export(Remote):
-    """Write what is remembered of a source, or of a time of it, into a file that another service can import."""
-
-    source: CliPositionalArg[str] = Field(description="The ID of a stream or a video.")
-    file: CliPositionalArg[Path] = Field(description="Where to write: a tar of JSON and safetensors.")
-    from_: str | None = Field(default=None, alias="from", description="Stream: 2h (ago) or a date. Video: 1:30.")
-    to: str | None = Field(default=None, description="Likewise; without them: all there is.")
-    pictures: bool = Field(default=True, description="With the pictures; --no-pictures leaves them out.")
-
-    def cli_cmd(self) -> None:
-        from deploy.transfer import export_timeline
-
-        with self.connect() as client, display.video_progress() as progress:
-            told = display.HourProgress(progress, "exporting")
-            held = export_timeline(client, self._range(), self.file, pictures=self.pictures, on_progress=told)
-        display.print_json(held) if self.json_ else display.print_export(held, self.file)
-
-    def _range(self) -> Range:
-        return _range_of(self.source, self.from_, self.to, datetime.now(UTC))
-
-
-class Import(Remote):
-    """Import a file that `tokenline export` wrote, as a new source."""
-
-    file: CliPositionalArg[Path]
-    name: str | None = Field(default=None, description="A name of your choice; else the one it was exported with.")
-
-    def cli_cmd(self) -> None:
-        from deploy.transfer import import_timeline
-
-        with self.connect() as client, display.video_progress() as progress:
-            told = display.HourProgress(progress, "importing")
-            imported = import_timeline(client, self.file, name=self.name, on_progress=told)
-        display.print_json(imported) if self.json_ else print(f"{imported.id} imported, {imported.frames} frames")
-
-
-class Recompute(Remote):
-    """Let the running model look at kept pictures that only another model saw, in the background of the service."""
-
-    source: CliPositionalArg[list[str]] = Field(
-        default=[], description="A stream or video, ID or ID@START..END; without any all of them."
-    )
-    from_: str | None = Field(
-        default=None, alias="from", description="Stream: 2d (ago) or a date with zone. Video: 90 or 1:30."
-    )
-    to: str | None = Field(default=None, description="Likewise; without it: up to the last picture.")
-    drop_old: bool = Field(
-        default=False, description="Erase what other models made of an hour once all of it is made anew."
-    )
-    wait: bool = Field(default=False, description="Wait until all is done, also the hour that is still recorded.")
-
-    def cli_cmd(self) -> None:
-        ranges = self._ranges(datetime.now(UTC))
-        with self.connect() as client:
-            job = client.recompute(ranges, drop_old=self.drop_old)
-            if self.wait:
-                with display.video_progress() as progress:
-                    job = client.wait_recomputation(job.id, on_progress=display.RecomputationProgress(progress))
-        display.print_json(job) if self.json_ else display.print_recomputations([job])
-
-    def _ranges(self, now: datetime) -> tuple[Range, ...] | None:
-        if not self.source:
-            if self.from_ or self.to:
-                raise UsageError("name the streams or videos that --from and --to are meant for")
-            return None
-        kinds = {named.startswith("vid_") for named in self.source if "@" not in named}
-        if len(kinds) > 1 and (self.from_ or self.to):
-            raise UsageError("--from and --to differ for streams and videos: write the range as ID@START..END")
-        return tuple(self._range(named, now) for named in self.source)
-
-    def _range(self, named: str, now: datetime) -> Range:
-        return _range_of(*_split(named, self.from_, self.to), now)
-
-
-class ListRecomputations(Remote):
-    """List recomputations, the newest first."""
-
-    def cli_cmd(self) -> None:
-        with self.connect() as client:
-            jobs = list(client.list_recomputations())
-        display.print_json(jobs) if self.json_ else display.print_recomputations(jobs)
-
-
-class ShowRecomputation(Remote):
-    """Show how far one recomputation is."""
-
-    id: CliPositionalArg[str]
-
-    def cli_cmd(self) -> None:
-        with self.connect() as client:
-            job = client.get_recomputation(self.id)
-        display.print_json(job) if self.json_ else display.print_recomputation(job)
-
-
-class CancelRecomputation(Remote):
-    """End a recomputation; what it has made stays."""
-
-    id: CliPositionalArg[str]
-
-    def cli_cmd(self) -> None:
-        with self.connect() as client:
-            job = client.cancel_recomputation(self.id)
-        display.print_json(job) if self.json_ else display.print_recomputations([job])
-
-
-class Recomputations(BaseModel):
-    """What was asked for with `tokenline recompute`."""
-
-    list_: CliSubCommand[ListRecomputations] = Field(alias="list")
-    show: CliSubCommand[ShowRecomputation]
-    cancel: CliSubCommand[CancelRecomputation]
-
-    def cli_cmd(self) -> None:
-        CliApp.run_subcommand(self)
 
 
 class Follow(Remote):

@@ -13,7 +13,8 @@ from pathlib import Path
 from rich.progress import Progress
 
 from compressor_service.training.score import same
-from deploy.client import ApiError, Client, Completed, Delta, NewStream, Question, Range, VideoFailed
+from deploy.bodies import Completed, Delta, NewStream, Question, Range
+from deploy.client import ApiError, Client, VideoFailed
 from deploy.display import VideoProgress, print_basis, print_delta, print_error, print_moments, video_progress
 from deploy.local import serving
 from deploy.sample_clip import LIVE, LIVE_SECONDS, RECORDED, SEEN_FROM_S, SOUGHT, Asked, write_sample_clip

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgres
 from rich.table import Table
 from rich.text import Text
 
-from deploy.client import (
+from deploy.bodies import (
     Answer,
     Citation,
     Coverage,

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 from uuid import uuid4
 
-from deploy.client import HourPart
+from deploy.bodies import HourPart
 
 VERSION = 1
 MAX_HOUR_BYTES = 1 << 30

@@ -37,7 +37,8 @@ from compressor_service.training.evaluate import (
 from compressor_service.training.film import FILM_PX, film_frames, write_film
 from compressor_service.training.scene import Clip, View
 from compressor_service.training.score import Score, same
-from deploy.client import ApiError, Client, NewStream, Question, Range
+from deploy.bodies import NewStream, Question, Range
+from deploy.client import ApiError, Client
 from deploy.local import serving
 from deploy.settings import Settings
 from qa_service.settings import ApiSettings, QASettings

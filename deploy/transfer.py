@@ -6,7 +6,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-from deploy.client import PASSING, ApiError, Client, HourPart, Imported, Range, TimelineExport, Unreachable
+from deploy.bodies import HourPart, Imported, Range, TimelineExport
+from deploy.client import PASSING, ApiError, Client, Unreachable
 from deploy.portable import PortableReader, PortableWriter
 
 PAUSES_S = (0.5, 2.0, 5.0, 15.0, 60.0)  # before the next try; a key's requests are counted by the minute

@@ -23,27 +23,31 @@ from qa_service.finder import Finder
 from qa_service.health import Readiness
 from qa_service.imports import Importer
 from qa_service.keys import Caller, Keyring, RateLimit
+from qa_service.memory_schemas import (
+    ErasureReceipt,
+    ImportAbandoned,
+    ImportBody,
+    ImportCompletion,
+    ImportDone,
+    ImportedHour,
+    RecomputationBody,
+    RecomputationList,
+    RecomputationRequest,
+    TimelineBody,
+    TimelineExport,
+)
 from qa_service.metrics import Metrics
 from qa_service.recomputing import Recomputing
 from qa_service.schemas import (
     MAX_SLOT,
     Answer,
     AnswerEvent,
-    ErasureReceipt,
     ErrorBody,
     EventBody,
     Health,
-    ImportAbandoned,
-    ImportBody,
-    ImportCompletion,
-    ImportDone,
-    ImportedHour,
     ModelList,
     MomentList,
     Question,
-    RecomputationBody,
-    RecomputationList,
-    RecomputationRequest,
     SearchRequest,
     Slot,
     StreamBody,
@@ -56,8 +60,6 @@ from qa_service.schemas import (
     StreamRange,
     StreamRequest,
     StreamState,
-    TimelineBody,
-    TimelineExport,
     VideoBody,
     VideoDeleted,
     VideoForm,

@@ -8,7 +8,7 @@ from qa_service import clock
 from qa_service.coverage import RangeReader, asked_seconds, write_time
 from qa_service.errors import StateConflict, inverted
 from qa_service.keys import Caller
-from qa_service.schemas import ErasedCounts, ErasureReceipt
+from qa_service.memory_schemas import ErasedCounts, ErasureReceipt
 from store.erasures import FOLLOW_EVERY_S
 from store.gaps import Gap
 from store.leases import Leases

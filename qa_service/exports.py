@@ -9,7 +9,7 @@ from qa_service import clock
 from qa_service.coverage import RangeReader, Reading, asked_seconds
 from qa_service.errors import EmptyRange, QueueFull, StateConflict, inverted
 from qa_service.keys import Caller
-from qa_service.schemas import TimelineExport
+from qa_service.memory_schemas import TimelineExport
 from store.connection import StoreUnavailable
 from store.format import HOUR_SLOTS
 from store.gaps import Gap

@@ -14,8 +14,7 @@ from PIL import Image
 from qa_service import clock
 from qa_service.errors import DamagedExport, FileTooLarge, ModelMismatch, StateConflict, StreamTaken
 from qa_service.keys import Caller
-from qa_service.once import Once
-from qa_service.schemas import (
+from qa_service.memory_schemas import (
     ImportAbandoned,
     ImportBody,
     ImportCompletion,
@@ -23,6 +22,7 @@ from qa_service.schemas import (
     ImportedHour,
     TimelineExport,
 )
+from qa_service.once import Once
 from qa_service.upload import receive_body
 from store.connection import StoreUnavailable
 from store.format import TokenFormat, span_of

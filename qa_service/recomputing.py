@@ -6,16 +6,15 @@ from qa_service import clock
 from qa_service.coverage import RangeReader, write_slot
 from qa_service.errors import inverted
 from qa_service.keys import Caller
-from qa_service.once import Once
-from qa_service.schemas import (
+from qa_service.memory_schemas import (
     RecomputationBody,
     RecomputationList,
     RecomputationRequest,
     RecomputedSource,
-    StreamRange,
     UnreadableFrame,
-    VideoRange,
 )
+from qa_service.once import Once
+from qa_service.schemas import StreamRange, VideoRange
 from store.recomputations import Recomputation, Recomputations, Wanted
 from store.source import Source, SourceNotFound, Stream
 from store.sources import Sources

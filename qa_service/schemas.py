@@ -21,8 +21,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from qa_service import clock
-from store.format import TokenFormat
-from store.gaps import Gap, GapReason
+from store.gaps import GapReason
 
 BAD_TIME_RANGE = "bad_time_range"  # the type of validation errors that have a code of their own
 PATH_TAGS = frozenset({"a stream's range", "a video's range", "an id", "constrained-int", "literal['auto']", "[key]"})
@@ -90,7 +89,7 @@ class Body(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-def _example(example: dict[str, Any]) -> ConfigDict:
+def example_config(example: dict[str, Any]) -> ConfigDict:
     return ConfigDict(frozen=True, extra="forbid", json_schema_extra={"examples": [example]})
 
 
@@ -109,7 +108,7 @@ class ErrorFacts(Body):
 class ErrorBody(Body):
     """Every error has this shape."""
 
-    model_config = _example(
+    model_config = example_config(
         {
             "error": {
                 "type": "invalid_request_error",
@@ -155,7 +154,7 @@ class Retention(Body):
 class StreamRequest(Body):
     """A camera to be registered."""
 
-    model_config = _example(
+    model_config = example_config(
         {
             "name": "dock",
             "url": "rtsp://192.0.2.10/stream1",
@@ -183,7 +182,7 @@ class StreamRequest(Body):
 class StreamProbeRequest(Body):
     """A camera to be looked at, without registering it."""
 
-    model_config = _example({"url": "rtsp://192.0.2.10/stream1", "username": "viewer", "password": "secret"})
+    model_config = example_config({"url": "rtsp://192.0.2.10/stream1", "username": "viewer", "password": "secret"})
 
     url: Url = Field(description="rtsp:// or rtsps:// address, without user name and password.")
     username: Username | None = None
@@ -206,7 +205,7 @@ class StreamProbe(Body):
 class StreamPatch(Body):
     """Fields of a stream to be changed; those left out stay. `{"enabled": false}` stops ingest and keeps the memory."""
 
-    model_config = _example({"enabled": False})
+    model_config = example_config({"enabled": False})
 
     name: Name = ""
     url: Url = ""
@@ -305,7 +304,7 @@ class EventBody(Body):
 class VideoRequest(Body):
     """A video to be fetched from a web address."""
 
-    model_config = _example({"url": "https://example.com/yard.mp4", "name": "yard", "fps": 1})
+    model_config = example_config({"url": "https://example.com/yard.mp4", "name": "yard", "fps": 1})
 
     url: Url
     name: Name
@@ -368,37 +367,6 @@ class VideoDeleted(Body):
 # Sources
 
 
-class TimelineBucket(Body):
-    start: Time
-    frames: int = Field(description="Frames that are remembered of the bucket.")
-    slots: int = Field(description="Frames that a source without gaps would have.")
-
-
-class ErasedCounts(Body):
-    """What was erased, by where it was."""
-
-    redis_frames: int = Field(description="Frame tokens with their search vectors in Redis, of all models.")
-    sealed_frames: int = Field(description="The same in segments; files are rewritten without them or removed.")
-    keyframes: int = Field(description="Pictures.")
-
-
-class ErasureReceipt(Body):
-    """Proof of an erasure: what was asked for, and what is gone."""
-
-    id: str
-    object: Literal["erasure"] = "erasure"
-    source_id: str
-    start: Time | None = Field(description="Null: from the first frame.")
-    end: Time | None = Field(description="Null: to the last frame.")
-    erased: ErasedCounts
-    caches_within_s: float = Field(description="Copies in the memory of answering replicas are gone so soon.")
-    redis_log_rewritten: bool = Field(
-        description="Whether Redis writes its append-only file anew, in the background. If false, that file or a "
-        "snapshot may hold erased bytes until it is written anew: run BGREWRITEAOF or BGSAVE."
-    )
-    completed_at: str
-
-
 _GAP_REASON = (
     "`stream_down`, `decode_error`, `shed`, `store_full`, `not_registered`, `erased` (on demand), `expired` (by "
     "retention) or `other_model` (kept, but only another model has looked)."
@@ -411,97 +379,9 @@ class GapBody(Body):
     reason: GapReason = Field(description=_GAP_REASON)
 
 
-class TimelineBody(Body):
-    """What is remembered of a source."""
-
-    object: Literal["timeline"] = "timeline"
-    source_id: str
-    start: Time
-    end: Time
-    fps: float
-    resolution_s: float
-    buckets: list[TimelineBucket]
-    gaps: list[GapBody]
-
-
 # Export and import
 
 Slot = Annotated[int, Field(ge=0, le=MAX_SLOT)]
-
-
-class TimelineExport(Body):
-    """What the slots [start_slot, end_slot) of a source are, but for the frames themselves. It names no camera.
-
-    Slot n begins n / `fps` seconds after the start of a video, or after the beginning of 1970 (UTC) for a stream.
-    """
-
-    object: Literal["timeline.export"] = "timeline.export"
-    version: Literal[1] = 1
-    kind: Literal["stream", "video"]
-    name: Name
-    fps: Fps
-    labels: Labels
-    recorded_at: WrittenTime | None = Field(description="When the recording of a video began.")
-    duration_s: VideoTime | None = Field(description="Length of a video.")
-    start_slot: Slot
-    end_slot: Slot
-    format: TokenFormat = Field(description="The model that made the tokens, and how they are laid out.")
-    hours: list[Slot] = Field(
-        max_length=100_000,
-        description="The hours that have frames; hour n holds 3,600 slots from n * 3,600 on.",
-    )
-    gaps: list[Gap] = Field(max_length=100_000, description="Which slots are absent, and why.")
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> Self:
-        if self.end_slot <= self.start_slot:
-            raise PydanticCustomError("export_range", "`end_slot` lies behind `start_slot`.")
-        try:
-            clock.check_video_time(self.end_slot / self.fps)
-        except ValueError:
-            raise PydanticCustomError("export_range", "`end_slot` lies after all dates.") from None
-        if any(gap.start_slot < self.start_slot or gap.end_slot > self.end_slot for gap in self.gaps):
-            raise PydanticCustomError("export_range", "Gaps lie within `start_slot` and `end_slot`.")
-        if (self.duration_s is None) == (self.kind == "video"):
-            raise PydanticCustomError("export_duration", "A video has a `duration_s`, a stream has none.")
-        if self.duration_s is not None and int(self.duration_s * self.fps) > self.end_slot:
-            raise PydanticCustomError("export_duration", "`duration_s` ends before the slot `end_slot` does.")
-        return self
-
-
-class ImportBody(Body):
-    """An import that has begun: its source is seen by nobody before it is completed."""
-
-    id: str = Field(description="That of the source that it becomes.")
-    object: Literal["import"] = "import"
-    expires_in_s: int = Field(description="It is given up, and what came is erased, when nothing comes for so long.")
-
-
-class ImportedHour(Body):
-    """What came of an hour."""
-
-    object: Literal["import.hour"] = "import.hour"
-    frames: int = Field(description="Frames, or keyframes.")
-
-
-class ImportCompletion(Body):
-    """What is known to have been sent."""
-
-    frames: PositiveInt = Field(description="Frames of all hours; it is refused if not as many are kept.")
-
-
-class ImportDone(Body):
-    """A source that is there, whole."""
-
-    id: str
-    object: Literal["import"] = "import"
-    kind: Literal["stream", "video"]
-    frames: int
-
-
-class ImportAbandoned(Body):
-    id: str
-    deleted: Literal[True] = True
 
 
 # Questions and search
@@ -546,73 +426,10 @@ SourceOrRange = Annotated[
 ]
 
 
-class RecomputationRequest(Body):
-    """Frames that another model saw, to be looked at again by the one that runs now."""
-
-    model_config = _example(
-        {"sources": [{"stream_id": "str_0123456789ab", "start": "2026-07-01T06:00:00Z"}], "drop_old": False}
-    )
-
-    sources: list[SourceOrRange] | None = Field(
-        default=None, min_length=1, max_length=1000, description="Left out: every source that the key may see."
-    )
-    drop_old: bool = Field(
-        default=False,
-        description="Erase what other models made of an hour once the running model has a token for all of it.",
-    )
-
-
-class RecomputedSource(Body):
-    """How far one source is. A frame whose picture is gone meanwhile counts as done."""
-
-    source_id: str
-    frames: int = Field(description="Frames with a picture and no token of the model, when the work began.")
-    done: int
-    unreadable: int = Field(description="Frames whose picture cannot be decoded; their gap says `decode_error`.")
-    dropped: int = Field(description="Tokens of other models that were erased, with `drop_old`.")
-
-
-class UnreadableFrame(Body):
-    source_id: str
-    time: Time
-
-
-class RecomputationBody(Body):
-    """A recomputation and how far it is; the timeline shows the new frames as they come."""
-
-    id: str
-    object: Literal["recomputation"] = "recomputation"
-    model: str = Field(description="The model that looks again.")
-    fingerprint: str
-    drop_old: bool
-    status: Literal["queued", "running", "done", "failed", "cancelled"]
-    reason: str | None = Field(description="What stands in the way, or why it failed.")
-    progress: float = Field(description="0 to 1.")
-    eta_s: float | None
-    frames: int
-    done: int
-    unreadable: int
-    dropped: int
-    waiting_until: str | None = Field(
-        description="When the work goes on: what is left is still being recorded, or `reason` tells more."
-    )
-    created_at: str
-    ended_at: str | None
-    sources: list[RecomputedSource]
-    unreadable_frames: list[UnreadableFrame] = Field(description="The first of them.")
-
-
-class RecomputationList(Body):
-    object: Literal["list"] = "list"
-    data: list[RecomputationBody]
-    has_more: bool
-    next_cursor: str | None
-
-
 class Question(Body):
     """A question about time ranges of sources."""
 
-    model_config = _example(
+    model_config = example_config(
         {
             "question": "When did the white van leave?",
             "sources": [
@@ -761,7 +578,7 @@ Picture = Annotated[bytes, BeforeValidator(_picture, json_schema_input_type=str)
 class SearchRequest(Body):
     """Find the moments that look like a text or a picture."""
 
-    model_config = _example(
+    model_config = example_config(
         {"query": "a white van", "sources": [{"stream_id": "str_0123456789ab"}], "top_k": 10, "min_score": 0.2}
     )
 

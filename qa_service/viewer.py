@@ -8,7 +8,8 @@ import numpy as np
 from qa_service import clock
 from qa_service.coverage import RangeReader, asked_seconds, write_slot, write_time, written_gaps
 from qa_service.errors import FrameMissing, ValidationFailed, inverted
-from qa_service.schemas import Time, TimelineBody, TimelineBucket
+from qa_service.memory_schemas import TimelineBody, TimelineBucket
+from qa_service.schemas import Time
 from store.hot import FrameNotKept
 from store.keyframes import Keyframes
 from store.timeline import Timeline

@@ -10,7 +10,8 @@ import httpx
 import pytest
 from pydantic import SecretStr
 
-from deploy.client import ApiError, Client, Event
+from deploy.bodies import Event
+from deploy.client import ApiError, Client
 from qa_service.settings import ApiKey, ApiSettings
 from store import events as event_log
 from store.events import Events

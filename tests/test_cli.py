@@ -19,19 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import SecretStr
 
-from deploy.cli import Ask, Search, UsageError, parse_labels, run_command
-from deploy.client import (
-    ApiError,
-    Client,
-    Completed,
-    Created,
-    Delta,
-    Moments,
-    NewStream,
-    Question,
-    Range,
-    Unreachable,
-)
+from deploy.bodies import Completed, Created, Delta, Moments, NewStream, Question, Range
+from deploy.cli import Ask, Search, parse_labels, run_command
+from deploy.client import ApiError, Client, Unreachable
+from deploy.commands import UsageError
 from deploy.display import print_moments, printable
 from deploy.local import why_not_running
 from deploy.times import BadTime, parse_duration, parse_moment, parse_position, show_position

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from deploy.bodies import Answer, Cited, Completed, Created, Delta, Question, Range, Video
 from deploy.cli import run_command
-from deploy.client import Answer, Cited, Client, Completed, Created, Delta, Question, Range, Video
+from deploy.client import Client
 from deploy.sample_clip import write_sample_clip
 from qa_service.settings import ApiKey, ApiSettings
 from store.gaps import Gap

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load
 
+from deploy.bodies import Range
 from deploy.cli import run_command
-from deploy.client import Client, Range
+from deploy.client import Client
 from deploy.transfer import export_timeline, import_timeline
 from qa_service.clock import write_stream_time
 from qa_service.settings import ApiSettings

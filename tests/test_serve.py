@@ -16,7 +16,8 @@ import torch
 from compressor_service import preprocess
 from compressor_service.llava_mini import LlavaMini
 from compressor_service.llava_mini.prompt import Prompt
-from deploy.client import Client, Range
+from deploy.bodies import Range
+from deploy.client import Client
 from deploy.transfer import export_timeline, import_timeline
 from ingest.sample_camera import SampleCamera
 from tests.ingest_parts import free_port, real_clip

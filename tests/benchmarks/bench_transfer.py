@@ -28,8 +28,8 @@ from qa_service.coverage import RangeReader
 from qa_service.exports import Exports
 from qa_service.imports import Importer
 from qa_service.keys import ANYONE
+from qa_service.memory_schemas import ImportCompletion, TimelineExport
 from qa_service.once import Once
-from qa_service.schemas import ImportCompletion, TimelineExport
 from store.cipher import Cipher
 from store.connection import EmbeddedRedis, connect
 from store.format import HOUR_SLOTS
