@@ -52,8 +52,12 @@ class Device:
     async def _in_thread(
         self, work: Callable[_Arguments, _Result], *args: _Arguments.args, **kwargs: _Arguments.kwargs
     ) -> _Result:
+        running = asyncio.create_task(asyncio.to_thread(work, *args, **kwargs))
         try:
-            return await asyncio.to_thread(work, *args, **kwargs)
+            return await asyncio.shield(running)
+        except asyncio.CancelledError:
+            await asyncio.wait([running])  # nobody can stop a thread: until it ends the device is taken
+            raise
         except torch.AcceleratorError as error:
             self._failure = error
             raise

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from compressor_service.device import Device
 from compressor_service.encoder import Encoder
 from compressor_service.facts import Encoded
 from compressor_service.recompute import PUT_OFF_S, Recomputer
@@ -532,6 +533,27 @@ async def test_live_frames_have_the_device_first(place, new):
     all_wait.set()
     await asyncio.gather(background, *lives)
     assert order == ["background", *["live"] * 3, *["background"] * 3]
+
+
+async def test_work_that_nobody_waits_for_any_more_has_the_device_until_it_ends():
+    """A thread cannot be stopped: a second one beside it would have half of a device that is whole for each."""
+    device, begun, may_end, ended = Device(), threading.Event(), threading.Event(), []
+
+    def work() -> None:
+        begun.set()
+        assert may_end.wait(60)
+        ended.append("the first")
+
+    left_alone = asyncio.create_task(device.run(work))
+    assert await asyncio.to_thread(begun.wait, 60)
+    left_alone.cancel()
+    second = asyncio.create_task(device.run(lambda: ended.append("the second")))
+    await asyncio.sleep(0.1)
+    assert ended == []
+    may_end.set()
+    await second
+    assert ended == ["the first", "the second"]
+    assert left_alone.cancelled()
 
 
 async def test_a_plan_that_was_cut_short_is_made_anew(place, new):
