@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -52,12 +53,16 @@ class Device:
     async def _in_thread(
         self, work: Callable[_Arguments, _Result], *args: _Arguments.args, **kwargs: _Arguments.kwargs
     ) -> _Result:
-        running = asyncio.create_task(asyncio.to_thread(work, *args, **kwargs))
+        running = asyncio.create_task(asyncio.to_thread(self._watched, partial(work, *args, **kwargs)))
         try:
             return await asyncio.shield(running)
         except asyncio.CancelledError:
             await asyncio.wait([running])  # nobody can stop a thread: until it ends the device is taken
             raise
+
+    def _watched(self, work: Callable[[], _Result]) -> _Result:
+        try:
+            return work()
         except torch.AcceleratorError as error:
             self._failure = error
             raise

@@ -76,8 +76,11 @@ class Encoder:
 
     def fuse_text(self, input_ids: Sequence[int], keyframes: Sequence[bytes]) -> NDArray[np.float32]:
         """Return the SUM over the frames of the fused text (L, D), to be divided by their number. Raises BadPicture."""
-        pictures = torch.stack([self.decode(keyframe) for keyframe in keyframes])
-        fused = self._model.fuse_text(torch.tensor(list(input_ids), dtype=torch.long), pictures)
+        return self.fuse_decoded(input_ids, [self.decode(keyframe) for keyframe in keyframes])
+
+    def fuse_decoded(self, input_ids: Sequence[int], pictures: Sequence[Tensor]) -> NDArray[np.float32]:
+        """Like `fuse_text`, of what `decode` returned."""
+        fused = self._model.fuse_text(torch.tensor(list(input_ids), dtype=torch.long), torch.stack(list(pictures)))
         total: NDArray[np.float32] = fused.float().sum(dim=0).cpu().numpy()
         return total
 

@@ -16,7 +16,7 @@ from compressor_service.facts import BadPicture, Encoded
 from ingest.frame import Frame, Receipt, SinkUnavailable
 from store.counters import Counters
 from store.gaps import Gap, Gaps
-from store.hot import Entry
+from store.hot import Entry, FrameNotKept
 from store.keyframes import Keyframes
 from store.leases import Leases
 from store.room import Room
@@ -119,15 +119,17 @@ class FrameWriter:
     async def fuse_text(
         self, input_ids: Sequence[int], frames: Sequence[tuple[str, Sequence[int]]]
     ) -> NDArray[np.float32]:
-        """Return the sum (L, D) of the fused text over the slots of every source. Raises FrameNotKept.
+        """Return the sum (L, D) of the fused text over the slots of every source.
 
+        Raises FrameNotKept for a slot whose keyframe is not there, or cannot be decoded any more.
         The device is given back between passes, so that a long range does not hold up new frames.
         """
         total = np.zeros((len(input_ids), self._encoder.format.width), np.float32)
         for source_id, slots in frames:
             for start in range(0, len(slots), self._frames_per_pass):
-                pictures = await self._keyframes.get_many(source_id, slots[start : start + self._frames_per_pass])
-                total += await self._device.run(self._encoder.fuse_text, input_ids, pictures)
+                some = slots[start : start + self._frames_per_pass]
+                keyframes = await self._keyframes.get_many(source_id, some)
+                total += await self._device.run(self._fuse, input_ids, source_id, some, keyframes)
         return total
 
     async def embed_text(self, texts: Sequence[str]) -> NDArray[np.float32]:
@@ -149,6 +151,18 @@ class FrameWriter:
                 _log.warning("%s slot %d: keyframe dropped: it cannot be decoded", frame.source_id, frame.slot)
         readable = [frame for frame, is_readable in zip(frames, encoded.readable, strict=True) if is_readable]
         return [_Seen(*one) for one in zip(readable, encoded.tokens, encoded.vectors, strict=True)]
+
+    def _fuse(
+        self, input_ids: Sequence[int], source_id: str, slots: Sequence[int], keyframes: Sequence[bytes]
+    ) -> NDArray[np.float32]:
+        pictures = []
+        for slot, keyframe in zip(slots, keyframes, strict=True):
+            try:
+                pictures.append(self._encoder.decode(keyframe))
+            except BadPicture:
+                _log.error("%s slot %d: its kept keyframe is damaged: answers do without it", source_id, slot)
+                raise FrameNotKept(source_id, slot) from None
+        return self._encoder.fuse_decoded(input_ids, pictures)
 
     def _encode(self, keyframes: Sequence[bytes]) -> Encoded:
         pictures = []

@@ -1,6 +1,7 @@
 """The keyframes: a JPEG a slot in a folder or an object store, and one pack for each hour that is over.
 
-What is packed counts before what is loose: a frame that is sent again has the same picture.
+What is packed counts before what is loose: a frame that is sent again has the same picture. A loose keyframe is not
+synced: of one that was written just before the machine crashed there may be an empty file, which counts as none.
 """
 
 import asyncio
@@ -113,7 +114,8 @@ class Keyframes:
     async def slots(self, source_id: str, hour: int) -> NDArray[np.int64]:
         """Return the slots of an hour that have a keyframe, ascending."""
         is_noted = hour in await self._loose.read(source_id)  # first, as above; a listing costs money
-        loose = list(await asyncio.to_thread(self._files_of, source_id, hour)) if is_noted else []
+        sizes = await asyncio.to_thread(self._sizes, f"{self._folder(source_id)}/{hour}") if is_noted else {}
+        loose = [slot for slot, nbytes in sizes.items() if nbytes]
         packed = await self._packed.between(source_id, hour, hour)
         return np.unique(np.concatenate([np.array(loose, np.int64), *(pack.slots for pack in packed)]))
 
@@ -145,7 +147,7 @@ class Keyframes:
                 await self._loose.take(source_id, hour, noted.nbytes)
             return True
         contents = await asyncio.to_thread(self._files.read, list(loose.values()))
-        jpegs = {slot: jpeg for slot, jpeg in zip(loose, contents, strict=True) if jpeg is not None}
+        jpegs = {slot: jpeg for slot, jpeg in zip(loose, contents, strict=True) if jpeg}
         try:
             jpegs |= {} if old is None else await self._content(source_id, old)
         except HourFileGone:
@@ -211,7 +213,7 @@ class Keyframes:
                 found |= await self._packs.read(source_id, pack, here)
         loose = [slot for slot in dict.fromkeys(slots) if slot not in found]
         contents = await asyncio.to_thread(self._files.read, [self._path(source_id, slot) for slot in loose])
-        return found | {slot: jpeg for slot, jpeg in zip(loose, contents, strict=True) if jpeg is not None}
+        return found | {slot: jpeg for slot, jpeg in zip(loose, contents, strict=True) if jpeg}
 
     async def _content(self, source_id: str, pack: Pack) -> dict[int, bytes]:
         return await self._packs.read(source_id, pack, pack.slots.tolist())

@@ -247,11 +247,12 @@ def answered(model, prompt, ids, text, tokens):
     return prompt.decode([one for one in made if one not in prompt.stop_ids])
 
 
-async def test_a_picture_that_goes_while_a_question_is_asked_is_left_out(parts, client):
+@pytest.mark.parametrize("left", [None, b"", b"\xff\xd8 a part"], ids=["gone", "empty", "damaged"])
+async def test_a_picture_that_goes_while_nobody_knows_of_it_is_left_out(parts, client, left):
     stream, base = await parts.stream(range(5))
     for slot in (base + 1, base + 3):
-        for path in parts.uploads.parent.rglob(f"{slot}.jpg"):  # while nobody knows of it
-            path.unlink()
+        path = next(parts.uploads.parent.rglob(f"{slot}.jpg"))
+        path.unlink() if left is None else path.write_bytes(left)
     told = (await client.post("/v1/questions", json=asked(stream_range(stream, base, base + 5)))).json()["coverage"]
     assert (told["frames_used"], told["text_fusion"], told["fusion_frames"]) == (5, "sampled", 3)
     assert parts.compressor.fused[-1] == [(stream.id, (base, base + 2, base + 4))]

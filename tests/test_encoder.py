@@ -254,6 +254,18 @@ async def test_text_fused_from_the_store_equals_text_fused_from_the_pictures(red
         await writer.fuse_text(prompt, [("str_d", [0, 77])])
 
 
+async def test_text_is_not_fused_with_a_kept_keyframe_that_is_damaged_and_its_slot_is_named(
+    redis, writer, keyframes, caplog
+):
+    epoch = await lease(redis, "str_d")
+    await writer.put([[frame("str_d", slot, epoch) for slot in range(3)]])
+    await keyframes.put("str_d", 1, jpeg(1)[:100])
+    with pytest.raises(FrameNotKept) as raised:
+        await writer.fuse_text([5, 6, -200, 9], [("str_d", [0, 1, 2])])
+    assert (raised.value.source_id, raised.value.slot) == ("str_d", 1)
+    assert "str_d slot 1: its kept keyframe is damaged" in caplog.text
+
+
 async def test_many_callers_at_once_get_their_own_results(redis, encoder, writer):
     epoch = await lease(redis, "str_f")
     *receipts, texts, fused_once = await asyncio.gather(

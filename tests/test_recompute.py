@@ -180,7 +180,7 @@ async def test_a_picture_that_cannot_be_decoded_is_named_and_the_others_are_made
 
 async def test_an_hour_of_which_no_picture_can_be_decoded_ends(place, old, new):
     video = await place.video(old, [1, 2])
-    await place.keyframes.put_many({(video.id, slot): b"" for slot in (1, 2)})
+    await place.keyframes.put_many({(video.id, slot): b"no picture" for slot in (1, 2)})
     job = await place.ask(new, video.id)
     await work(place.recomputer(new))
     done = await place.jobs.get(job.id)

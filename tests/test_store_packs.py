@@ -49,6 +49,20 @@ async def test_packed_keyframes_come_back_byte_for_byte(keyframes):
         await keyframes.get_many("str_a", [START, START + 1])
 
 
+async def test_an_empty_file_that_a_crash_of_the_machine_left_is_no_keyframe(redis, tmp_path):
+    keyframes = Keyframes(redis, str(tmp_path))
+    await remember(keyframes, [START, START + 1, START + HOUR_SLOTS])
+    for slot in (START + 1, START + HOUR_SLOTS):
+        next(tmp_path.rglob(f"{slot}.jpg")).write_bytes(b"")
+    assert await keyframes.find("str_a", [START, START + 1, START + HOUR_SLOTS]) == {START: jpeg(START)}
+    assert (await keyframes.slots("str_a", FIRST)).tolist() == [START]
+    for hour in (FIRST, FIRST + 1):
+        assert await keyframes.pack("str_a", hour)
+    assert await keyframes.find("str_a", [START, START + 1, START + HOUR_SLOTS]) == {START: jpeg(START)}
+    assert await keyframes.hours("str_a") == [FIRST]
+    assert list(tmp_path.rglob("*.jpg")) == []
+
+
 async def test_keyframes_far_apart_in_a_pack_are_read_each_for_itself(redis, tmp_path, monkeypatch):
     keyframes = Keyframes(redis, str(tmp_path))
     large = {START + slot: bytes([slot]) * 200_000 for slot in range(6)}
