@@ -34,10 +34,13 @@ OLDEST_SERVER = (6, 2)
 MAX_SOCKET_PATH = 100  # bytes; the kernel takes 108
 START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 60.0
+LOCK_PATIENCE_S = 5.0
 START_BYTES = 1 << 20  # free for the first files of a server, and more
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)  # what a full disk says, and one of which a user has had his share
 
 _REFUSALS = (failures.AuthenticationError, failures.AuthorizationError)
+_PASSING = (failures.ClusterDownError, failures.TryAgainError)  # of the first MasterDownError is one, too
+_PASSING_TEXT = re.compile(r"\b(NOREPLICAS|BUSY (Redis|Valkey)) ")  # redis-py has no classes of its own for these
 _REFUSED = "Redis refuses the credentials; check user, password and rights in TOKENLINE_STORE__REDIS_URL"
 
 
@@ -72,15 +75,18 @@ def named_failures() -> Iterator[None]:
     except failures.ResponseError as error:
         text = str(error)
         if isinstance(error, failures.OutOfMemoryError) or "OOM command" in text:
-            raise StoreUnavailable("Redis is full; raise its maxmemory or shorten the streams' retention") from error
+            raise StoreFull(
+                "Redis has no memory left: frames are refused until full hours are sealed or expire; raise its "
+                "maxmemory, or shorten what streams keep"
+            ) from error
         if "MISCONF" in text and any(os.strerror(number) in text for number in NO_ROOM):
             raise StoreFull(
                 "the disk of Redis is full: nothing is written until there is room; make some, and it goes on by itself"
             ) from error
         if "MISCONF" in text:
             raise StoreUnavailable("Redis cannot write to its disk; free space there and check its log") from error
-        if text.startswith(("NOAUTH", "LOADING", "MASTERDOWN", "CLUSTERDOWN")):
-            raise StoreUnavailable(f"Redis is not ready ({text.split()[0]}); check its configuration") from error
+        if isinstance(error, _PASSING) or _PASSING_TEXT.search(text):
+            raise StoreUnavailable("Redis cannot serve for now; check its replicas, its cluster and its log") from error
         raise
 
 
@@ -320,15 +326,20 @@ def _version(binary: str) -> tuple[int, int]:
 
 
 def _lock(folder: Path) -> int:
-    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise RuntimeError(
-            "another Tokenline already keeps its Redis in this data folder: stop it, choose another "
-            "TOKENLINE_STORE__DATA_DIR, or give both one Redis with TOKENLINE_STORE__REDIS_URL"
-        ) from None
+    """Lock a folder for the server in it, and for the shell that watches it."""
+    lock, deadline = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600), time.monotonic() + LOCK_PATIENCE_S
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:  # those of an owner that was killed end by themselves, but not at once
+            if time.monotonic() > deadline:
+                os.close(lock)
+                raise RuntimeError(
+                    "another Tokenline already keeps its Redis in this data folder: stop it, choose another "
+                    "TOKENLINE_STORE__DATA_DIR, or give both one Redis with TOKENLINE_STORE__REDIS_URL"
+                ) from None
+        time.sleep(0.05)
     free = fcntl.fcntl(lock, fcntl.F_DUPFD, 10)  # the shell has a use of its own for the lower ones
     os.close(lock)
     return free

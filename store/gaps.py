@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from redis.asyncio import Redis
 
+from store.keys import EVEN_WHEN_FULL
 from store.leases import lease_key
 
 GapReason = Literal[
@@ -43,7 +44,7 @@ class Gap(BaseModel):
 
 # Every reason has its own sorted set of disjoint runs: score = start, member = "start:end".
 # KEYS: lease, then the sorted set of every gap. ARGV: epoch or '', then start and end of every gap.
-_ADD = """
+_ADD = f"""{EVEN_WHEN_FULL}
 if ARGV[1] ~= '' and redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then return 0 end
 for i = 2, #KEYS do
   local key, start, stop = KEYS[i], ARGV[2 * i - 2], ARGV[2 * i - 1]

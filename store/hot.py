@@ -17,7 +17,7 @@ from redis.asyncio import Redis
 
 from store.connection import StoreUnavailable
 from store.format import BLOCK_SLOTS, BLOCKS_PER_HOUR, TIME_DTYPE, VECTOR_DTYPE, TokenFormat
-from store.keys import NEW_MARK, TimelineKeys, formats_key
+from store.keys import EVEN_WHEN_FULL, NEW_MARK, TimelineKeys, formats_key
 from store.leases import lease_key
 
 EXTENT_TRIES = 100
@@ -73,13 +73,13 @@ if new > 0 then redis.call('INCRBY', KEYS[3], new) end
 return new
 """
 
-# KEYS: index of blocks, frame counter, formats, changes, sealed hours, then t, p, m, v of every block.
+# KEYS: changes, index of blocks, frame counter, formats, sealed hours, then t, p, m, v of every block.
 # ARGV: bytes of a token, a time and a vector, fingerprint, then number, first and last slot (inclusive) of every block.
-_ERASE = f"""{NEW_MARK}
+_ERASE = f"""{EVEN_WHEN_FULL}{NEW_MARK}
 local erased = 0
 for i = 5, #ARGV, 3 do
   local at = 6 + 4 * (i - 5) / 3
-  redis.call('HSET', KEYS[4], math.floor(ARGV[i] / {BLOCKS_PER_HOUR}), mark, 'b' .. ARGV[i], mark)
+  redis.call('HSET', KEYS[1], math.floor(ARGV[i] / {BLOCKS_PER_HOUR}), mark, 'b' .. ARGV[i], mark)
   local tokens, presence, times, vectors = KEYS[at], KEYS[at + 1], KEYS[at + 2], KEYS[at + 3]
   local first, last = tonumber(ARGV[i + 1]), tonumber(ARGV[i + 2])
   for index = first, last do
@@ -95,19 +95,19 @@ for i = 5, #ARGV, 3 do
   end
   if redis.call('BITCOUNT', presence) == 0 then
     redis.call('UNLINK', tokens, presence, times, vectors)
-    redis.call('ZREM', KEYS[1], ARGV[i])
-    redis.call('HDEL', KEYS[4], 'b' .. ARGV[i])
+    redis.call('ZREM', KEYS[2], ARGV[i])
+    redis.call('HDEL', KEYS[1], 'b' .. ARGV[i])
     local hour = math.floor(ARGV[i] / {BLOCKS_PER_HOUR})
     local first = hour * {BLOCKS_PER_HOUR}
-    if redis.call('ZCOUNT', KEYS[1], first, first + {BLOCKS_PER_HOUR - 1}) == 0 then
-      redis.call('HDEL', KEYS[4], hour)
+    if redis.call('ZCOUNT', KEYS[2], first, first + {BLOCKS_PER_HOUR - 1}) == 0 then
+      redis.call('HDEL', KEYS[1], hour)
     end
   end
 end
-redis.call('DECRBY', KEYS[2], erased)
-if redis.call('ZCARD', KEYS[1]) == 0 and redis.call('ZCARD', KEYS[5]) == 0 then
-  redis.call('DEL', KEYS[2], KEYS[4])
-  redis.call('HDEL', KEYS[3], ARGV[4])
+redis.call('DECRBY', KEYS[3], erased)
+if redis.call('ZCARD', KEYS[2]) == 0 and redis.call('ZCARD', KEYS[5]) == 0 then
+  redis.call('DEL', KEYS[3], KEYS[1])
+  redis.call('HDEL', KEYS[4], ARGV[4])
 end
 return erased
 """
@@ -212,7 +212,7 @@ class HotTimeline:
     async def erase(self, source_id: str, start: int | None = None, end: int | None = None) -> int:
         """Erase the slots [start, end) for good and return how many frames that were; None leaves a side unbounded."""
         format, keys = self.format, TimelineKeys(source_id, self.format.fingerprint)
-        named = [keys.blocks, keys.frames, formats_key(source_id), keys.changes, keys.hours]
+        named = [keys.changes, keys.blocks, keys.frames, formats_key(source_id), keys.hours]
         sizes: list[str | int] = [format.token_bytes, TIME_DTYPE.itemsize, format.vector_bytes, format.fingerprint]
         erased = 0
         for some in _chunks(await _blocks(self._redis, keys, start, end), KEYS_PER_COMMAND):

@@ -5,6 +5,10 @@ from dataclasses import dataclass
 
 PARTS = ("t", "p", "m", "v")  # of a block: tokens, presence bits, capture times, search vectors
 
+# Lua: a first write that changes nothing, and that Redis allows when it has no memory left. Behind it a script may
+# write what it likes: so do those that make room, and those that say who may.
+EVEN_WHEN_FULL = "redis.call('HDEL', KEYS[1], '')"
+
 SEALED_MARK = "sealed"  # fields of marks beside those of hours
 BLOCK_MARK = "b"  # with the number of the block behind it
 

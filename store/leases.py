@@ -4,6 +4,8 @@ from collections.abc import Iterable, Mapping
 
 from redis.asyncio import Redis
 
+from store.keys import EVEN_WHEN_FULL
+
 # Epochs follow the server's clock instead of counting from 1: a server that lost its last second, or all its data,
 # still never gives out an epoch twice.
 _NOW = """
@@ -12,7 +14,7 @@ local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local function exact(number) return string.format('%.0f', number) end
 """
 
-_ACQUIRE = f"""{_NOW}
+_ACQUIRE = f"""{EVEN_WHEN_FULL}{_NOW}
 local lease = redis.call('HMGET', KEYS[1], 'until', 'epoch')
 if lease[1] and tonumber(lease[1]) > now then return false end
 local epoch = math.max((tonumber(lease[2] or '0') or 0) + 1, now)
@@ -21,21 +23,21 @@ return epoch
 """
 
 # A lease that ran out unnoticed may be renewed as long as nobody else took it: its epoch is still the newest.
-_RENEW = f"""{_NOW}
+_RENEW = f"""{EVEN_WHEN_FULL}{_NOW}
 local lease = redis.call('HMGET', KEYS[1], 'owner', 'epoch')
 if lease[1] ~= ARGV[1] or lease[2] ~= ARGV[2] then return 0 end
 redis.call('HSET', KEYS[1], 'until', exact(now + ARGV[3]))
 return 1
 """
 
-_RELEASE = """
+_RELEASE = f"""{EVEN_WHEN_FULL}
 local lease = redis.call('HMGET', KEYS[1], 'owner', 'epoch')
 if lease[1] ~= ARGV[1] or lease[2] ~= ARGV[2] then return 0 end
 redis.call('HSET', KEYS[1], 'owner', '', 'until', '0')
 return 1
 """
 
-_REVOKE = f"""{_NOW}
+_REVOKE = f"""{EVEN_WHEN_FULL}{_NOW}
 local epoch = math.max((tonumber(redis.call('HGET', KEYS[1], 'epoch') or '0') or 0) + 1, now)
 redis.call('HSET', KEYS[1], 'owner', '', 'until', '0', 'epoch', exact(epoch))
 return epoch

@@ -6,12 +6,12 @@ from typing import Any
 
 from redis.asyncio import Redis
 
-from store.keys import KeyframeKeys
+from store.keys import EVEN_WHEN_FULL, KeyframeKeys
 
 _FROM = ":from"
 
 # KEYS: loose hours. ARGV: hour, bytes that are not loose any more.
-_TAKE = f"""
+_TAKE = f"""{EVEN_WHEN_FULL}
 if redis.call('HINCRBY', KEYS[1], ARGV[1], -ARGV[2]) <= 0 then
   redis.call('HDEL', KEYS[1], ARGV[1], ARGV[1] .. '{_FROM}')
 end

@@ -8,7 +8,7 @@ from redis.asyncio import Redis
 
 from store.format import BLOCKS_PER_HOUR, TokenFormat
 from store.hour_files import HourFiles, HourManifest
-from store.keys import NEW_MARK, SEALED_MARK, KeyframeKeys, TimelineKeys, erased_key, formats_key
+from store.keys import EVEN_WHEN_FULL, NEW_MARK, SEALED_MARK, KeyframeKeys, TimelineKeys, erased_key, formats_key
 from store.packs import Pack
 from store.segments import Manifest
 
@@ -78,10 +78,10 @@ return 1
 """
 
 # KEYS: manifests, disowned files. ARGV: hour, seconds, then files of the hour. Returns those that do not count.
-_DISOWN = """
+_DISOWN = f"""{EVEN_WHEN_FULL}
 local text = redis.call('HGET', KEYS[1], ARGV[1])
 local counts = text and cjson.decode(text).file
-local disowned = {}
+local disowned = {{}}
 for i = 3, #ARGV do
   if ARGV[i] ~= counts then
     redis.call('SADD', KEYS[2], ARGV[i])
@@ -92,7 +92,7 @@ redis.call('EXPIRE', KEYS[2], ARGV[2])
 return disowned
 """
 
-_TOUCH = f"""{NEW_MARK}
+_TOUCH = f"""{EVEN_WHEN_FULL}{NEW_MARK}
 redis.call('HSET', KEYS[1], ARGV[1], mark)
 """
 

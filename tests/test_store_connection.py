@@ -14,7 +14,7 @@ import pytest
 from redis.asyncio.client import Pipeline
 from redis.exceptions import ResponseError
 
-from store.connection import EmbeddedRedis, StoreRedis, StoreUnavailable, connect
+from store.connection import EmbeddedRedis, StoreFull, StoreRedis, StoreUnavailable, connect
 from store.format import TokenFormat
 from store.hot import Entry
 from store.leases import Leases
@@ -141,7 +141,8 @@ async def renewed(redis, held):
             assert time.monotonic() < deadline, "the server did not come back"
 
 
-def test_two_servers_never_share_a_data_folder(tmp_path):
+def test_two_servers_never_share_a_data_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("store.connection.LOCK_PATIENCE_S", 0.2)
     with EmbeddedRedis.start(tmp_path) as server:
         with pytest.raises(RuntimeError, match="another Tokenline"):
             EmbeddedRedis.start(tmp_path)
@@ -182,7 +183,7 @@ def children(parent: int) -> set[int]:
     return {int(number) for number in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()}
 
 
-def test_the_server_ends_when_its_owner_is_killed(tmp_path):
+def test_the_server_ends_when_its_owner_is_killed_and_the_next_one_waits_for_that(tmp_path):
     script = (
         "import sys, time; from pathlib import Path; from store.connection import EmbeddedRedis;"
         "server = EmbeddedRedis.start(Path(sys.argv[1])); print('up', flush=True); time.sleep(60)"
@@ -192,8 +193,8 @@ def test_the_server_ends_when_its_owner_is_killed(tmp_path):
         assert owner.stdout.readline() == b"up\n"
         pid = server_pid(tmp_path)
         owner.kill()
-    wait_for_end(pid)
-    EmbeddedRedis.start(tmp_path).stop()
+    with EmbeddedRedis.start(tmp_path):
+        assert not is_running(pid)
 
 
 def test_a_deep_data_folder_gets_its_socket_elsewhere(tmp_path):
@@ -252,12 +253,26 @@ async def test_a_full_server_says_what_to_do(tmp_path):
             epoch = await Leases(redis).acquire("str_a", "one", 60)
             await redis.config_set("maxmemory", "1")
             entry = Entry(100, 100_000, np.ones((1, 8), np.float16), np.ones(4, np.float32))
-            with pytest.raises(StoreUnavailable, match="maxmemory"):
+            with pytest.raises(StoreFull, match="maxmemory"):
                 await Timeline(redis, FORMAT, SEGMENTS).append("str_a", epoch, [entry])
-            with pytest.raises(StoreUnavailable, match="maxmemory"):
+            with pytest.raises(StoreFull, match="maxmemory"):
                 await redis.set("key", "value")
             await redis.config_set("maxmemory", "0")
             await Timeline(redis, FORMAT, SEGMENTS).append("str_a", epoch, [entry])
+
+
+async def test_what_passes_by_itself_is_unavailable_and_no_fault_of_the_caller(tmp_path):
+    with EmbeddedRedis.start(tmp_path) as server:
+        async with connect(server.url) as redis:
+            leases, timeline = Leases(redis), Timeline(redis, FORMAT, SEGMENTS)
+            epoch = await leases.acquire("str_a", "one", 60)
+            entry = Entry(100, 100_000, np.ones((1, 8), np.float16), np.ones(4, np.float32))
+            await redis.config_set("min-replicas-to-write", "1")  # as where a Sentinel watches over replicas
+            for writing in (timeline.append("str_a", epoch, [entry]), leases.renew("one", {"str_a": epoch}, 60)):
+                with pytest.raises(StoreUnavailable, match="replicas"):
+                    await writing
+            await redis.config_set("min-replicas-to-write", "0")
+            await timeline.append("str_a", epoch, [entry])
 
 
 async def test_errors_of_ours_stay_what_they_are(redis: StoreRedis):

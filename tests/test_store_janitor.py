@@ -14,7 +14,7 @@ from cryptography.fernet import Fernet
 from pydantic import SecretStr
 
 from store.cipher import Cipher
-from store.connection import StoreRedis, StoreUnavailable
+from store.connection import EmbeddedRedis, StoreFull, StoreRedis, StoreUnavailable, connect
 from store.events import BEFORE_ALL, Events
 from store.format import HOUR_SLOTS, TokenFormat
 from store.gaps import Gap
@@ -28,6 +28,7 @@ from store.settings import StoreSettings
 from store.source import NewStream, NewVideo, VideoStatus
 from store.sources import Sources
 from store.timeline import Timeline
+from tests.ingest_parts import until
 
 SEGMENTS = Segments("memory://segments")  # where nothing is sealed
 
@@ -55,14 +56,18 @@ class Store:
         await self.leases.release("writer", {source_id: epoch})
 
 
-@pytest.fixture
-def store(redis: StoreRedis, tmp_path: Path) -> Store:
-    settings = StoreSettings(data_dir=tmp_path, janitor_interval_s=0.01, upload_grace_s=100, seal_settle_s=900)
+def opened(redis: StoreRedis, folder: Path) -> Store:
+    settings = StoreSettings(data_dir=folder, janitor_interval_s=0.01, upload_grace_s=100, seal_settle_s=900)
     sources = Sources(redis, Cipher(SecretStr(Fernet.generate_key().decode())))
     keyframes = Keyframes(redis, settings.segments_root)
     segments = Segments(settings.segments_root)
     janitor = Janitor(redis, sources, Memory(redis, segments, keyframes), settings)
     return Store(sources, Timeline(redis, FORMAT, segments), keyframes, Leases(redis), settings, janitor)
+
+
+@pytest.fixture
+def store(redis: StoreRedis, tmp_path: Path) -> Store:
+    return opened(redis, tmp_path)
 
 
 async def test_retention_erases_what_is_older_and_keeps_the_rest(store):
@@ -281,3 +286,27 @@ async def test_a_store_that_fails_is_reported_by_a_sweep(store):
     while await store.sources.everything():
         await store.janitor.sweep()
     assert not folder.exists()
+
+
+async def test_what_makes_room_goes_on_in_a_redis_without_memory(tmp_path):
+    with EmbeddedRedis.start(tmp_path) as server:
+        async with connect(server.url) as redis:
+            store = opened(redis, tmp_path)
+            stream = await store.sources.create_stream(NewStream(name="door", url="rtsp://cam/door", retention_hours=9))
+            first = (int(time.time()) // HOUR_SLOTS - 4) * HOUR_SLOTS
+            full, doomed = range(first, first + 600), range(first + HOUR_SLOTS, first + HOUR_SLOTS + 600)
+            await store.remember(stream.id, [*full, *doomed])
+            await fill_memory(redis)
+            with pytest.raises(StoreFull):
+                await store.remember(stream.id, [int(time.time())])
+            assert (await store.timeline.erase(stream.id, doomed[0], doomed[-1] + 1)).hot == len(doomed)
+            await fill_memory(redis)
+            sweeping = asyncio.create_task(store.janitor.run())
+            await until(lambda: sealed_hours(store, stream.id) == {first // HOUR_SLOTS})
+            sweeping.cancel()
+            assert (await store.timeline.slots(stream.id, 0, 10**12)).tolist() == list(full)
+
+
+async def fill_memory(redis: StoreRedis) -> None:
+    used = (await redis.info("memory"))["used_memory"]
+    await redis.config_set("maxmemory", used - 100_000)
