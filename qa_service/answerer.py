@@ -55,6 +55,7 @@ from store.counters import Counters
 from store.hot import FrameNotKept
 from store.keyframes import Keyframes
 from store.moments import Moment, Span
+from store.slots import union
 from store.source import Source
 from store.sources import Sources
 from store.timeline import Timeline
@@ -525,7 +526,7 @@ def _slots_by_source(used: Sequence[Used]) -> dict[str, NDArray[np.int64]]:
     slots: dict[str, NDArray[np.int64]] = {}
     for one in used:
         held = slots.get(one.reading.source.id)
-        slots[one.reading.source.id] = one.slots if held is None else np.union1d(held, one.slots)
+        slots[one.reading.source.id] = one.slots if held is None else union(held, one.slots)
     return slots
 
 

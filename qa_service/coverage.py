@@ -14,6 +14,7 @@ from qa_service.errors import BadTimeRange
 from qa_service.schemas import GapBody, StreamRange, Time, VideoRange
 from store.gaps import Gap, GapReason
 from store.keyframes import Keyframes
+from store.slots import union, without
 from store.source import Source, SourceNotFound, Stream, StreamNotFound, Video, VideoNotFound
 from store.sources import Sources
 from store.timeline import Timeline
@@ -140,11 +141,11 @@ class RangeReader:
         present = await self._timeline.slots(source.id, start, end)
         expected_end, note = await self._expected_end(source, start, end, present)
         recorded = await self._sources.gaps(source.id, start, expected_end)
-        elsewhere = np.setdiff1d(await self._timeline.seen_by_others(source.id, start, expected_end), present)
+        elsewhere = without(await self._timeline.seen_by_others(source.id, start, expected_end), present)
         for gap in recorded:
             if gap.reason == "decode_error":  # its picture was looked at again, in vain
                 elsewhere = elsewhere[(elsewhere < gap.start_slot) | (elsewhere >= gap.end_slot)]
-        runs = _absent_runs(np.union1d(present, elsewhere), start, expected_end)
+        runs = _absent_runs(union(present, elsewhere), start, expected_end)
         gaps = _with_reasons(runs, recorded, await self._usual_reasons(source))
         gaps += [Gap(start_slot=low, end_slot=high, reason="other_model") for low, high in _runs_of(elsewhere)]
         gaps.sort(key=lambda gap: gap.start_slot)
