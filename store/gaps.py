@@ -1,6 +1,6 @@
 """Why slots are absent: runs of slots with a reason, kept merged."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -101,10 +101,9 @@ class Gaps:
         gaps: list[Gap] = []
         taken: list[tuple[int, int]] = []
         for reason in PRECEDENCE:
-            for run in _joined((max(low, start), min(high, end)) for low, high in runs[reason]):
-                free = _without(run, taken)
-                gaps += [Gap(start_slot=low, end_slot=high, reason=reason) for low, high in free]
-            taken = _joined([*taken, *((gap.start_slot, gap.end_slot) for gap in gaps)])
+            mine = _joined((max(low, start), min(high, end)) for low, high in runs[reason])
+            gaps += [Gap(start_slot=low, end_slot=high, reason=reason) for low, high in _without(mine, taken)]
+            taken = _joined([*taken, *mine])
         return sorted(gaps, key=lambda gap: gap.start_slot)
 
     async def expire(self, source_id: str, start: int, before: int) -> None:
@@ -148,16 +147,15 @@ def _joined(runs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     return joined
 
 
-def _without(run: tuple[int, int], taken: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return what is left of a run outside the `taken` ones, which are sorted and disjoint."""
-    low, high = run
-    left = []
-    for first, last in taken:
-        if last <= low or first >= high:
-            continue
-        if first > low:
-            left.append((low, first))
-        low = max(low, last)
-    if low < high:
-        left.append((low, high))
-    return left
+def _without(runs: Sequence[tuple[int, int]], taken: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Yield what is left of runs outside the `taken` ones; both are sorted and disjoint."""
+    at = 0
+    for low, high in runs:
+        while at < len(taken) and taken[at][1] <= low:
+            at += 1
+        here = at
+        while low < high:
+            first, last = taken[here] if here < len(taken) else (high, high)
+            if low < min(first, high):
+                yield low, min(first, high)
+            low, here = max(low, last), here + 1

@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import time
 
+import numpy as np
 import pytest
 from cryptography.fernet import Fernet
 from hypothesis import HealthCheck, given, settings
@@ -322,6 +323,21 @@ async def test_unknown_ids_are_named_errors(sources, unknown):
 
 
 # gaps
+
+
+@pytest.mark.parametrize("seed", range(8))
+async def test_where_reasons_of_gaps_overlap_the_first_in_precedence_speaks_for_every_slot(redis, seed):
+    chance = np.random.default_rng(seed)
+    gaps, told = Gaps(redis), ["shed", "stream_down", "erased"]  # the last one wins
+    expected: dict[int, str] = {}
+    for reason in told:
+        runs = [(int(start), int(start + chance.integers(1, 9))) for start in chance.integers(0, 90, 12)]
+        await gaps.add("str_a", None, [Gap(start_slot=low, end_slot=high, reason=reason) for low, high in runs])
+        expected |= {slot: reason for low, high in runs for slot in range(low, high)}
+    found = await gaps.read("str_a", 10, 80)
+    shown = {slot: gap.reason for gap in found for slot in range(gap.start_slot, gap.end_slot)}
+    assert shown == {slot: reason for slot, reason in expected.items() if 10 <= slot < 80}
+    assert all(one.end_slot <= other.start_slot for one, other in itertools.pairwise(found))
 
 
 async def test_gaps_that_touch_become_one(sources, leases):
