@@ -102,6 +102,7 @@ class Importer:
 
     async def keyframes(self, caller: Caller, source_id: str, hour: int, chunks: AsyncIterator[bytes]) -> ImportedHour:
         """Take the keyframes of an hour, behind its frames. Raises as `frames` does."""
+        as_of = await self._timeline.as_of(source_id)
         async with self._received(caller, source_id, chunks, self._max_hour_bytes) as (content, new):
             jpegs = await _read(lambda: self._pictures(content(), hour))
             _require_within(new, hour, min(jpegs), max(jpegs))
@@ -110,7 +111,7 @@ class Importer:
                 raise DamagedExport("The hour has keyframes of frames that did not come.")
             for _ in range(TRIES):
                 await self._imports.go_on(source_id)
-                if await self._keyframes.restore(source_id, hour, jpegs):
+                if await self._keyframes.restore(source_id, hour, jpegs, as_of):
                     return ImportedHour(frames=len(jpegs))
         raise StoreUnavailable(f"hour {hour} of {source_id} changes all the time; send it again")
 

@@ -58,17 +58,12 @@ class Files:
     def read(self, paths: Sequence[str]) -> list[bytes | None]:
         """Return the contents of files in the order asked, None for those that are not there."""
         with _named_failures():
-            # An object store reads a list at once, and returns what went wrong in place of an object's content.
-            if self._fs.async_impl and paths:
-                fetched = self._fs.cat(list(dict.fromkeys(paths)), on_error="return")
-                return [_content(fetched[path]) for path in paths]
-            contents: list[bytes | None] = []
-            for path in paths:
-                try:
-                    contents.append(self._fs.cat_file(path))
-                except FileNotFoundError:
-                    contents.append(None)
-            return contents
+            if self._local:
+                return [_local_content(path) for path in paths]
+            everything: list[None] = [None] * len(paths)
+            return [
+                _content(one) for one in self._fs.cat_ranges(list(paths), everything, everything, on_error="return")
+            ]
 
     def read_ranges(self, path: str, ranges: Sequence[tuple[int, memoryview]]) -> None:
         """Fill each target with the bytes of a file from an offset on. FileNotFoundError; EOFError if it ends."""
@@ -106,7 +101,12 @@ class Files:
         with _named_failures():
             self._fs.invalidate_cache()
             inside = f"{self._fs._strip_protocol(folder)}/"
-            paths: Iterable[str] = self._fs.find(folder)
+            # Without `on_error` a folder that cannot be read would look like an empty one.
+            options = {} if self._fs.async_impl else {"on_error": "raise"}
+            try:
+                paths: Iterable[str] = self._fs.find(folder, **options)
+            except FileNotFoundError:
+                return []
             return sorted(path.removeprefix(inside) for path in paths)
 
     def sizes(self, folder: str) -> dict[str, int]:
@@ -138,8 +138,9 @@ class Files:
     def remove_drafts(self, folder: str) -> None:
         """Remove what a crash left of files that were being written there; who still writes one begins anew."""
         if self._local:  # elsewhere there are none
-            for draft in Path(folder).glob(f".*{_DRAFT}"):
-                draft.unlink(missing_ok=True)
+            with _named_failures():
+                for draft in Path(folder).glob(f".*{_DRAFT}"):
+                    draft.unlink(missing_ok=True)
 
     def remove_if_empty(self, folders: Iterable[str]) -> None:
         """Remove those of the folders that hold nothing, and then their parents."""
@@ -155,6 +156,13 @@ class Files:
         self.write({probe: b"ok"})
         with _named_failures():
             self._fs.rm_file(probe)
+
+
+def _local_content(path: str) -> bytes | None:
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError:
+        return None
 
 
 def _content(found: bytes | Exception) -> bytes | None:

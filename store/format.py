@@ -19,6 +19,11 @@ def hours_of(start: int | None, end: int | None) -> tuple[int | None, int | None
     return None if start is None else start // HOUR_SLOTS, None if end is None else (end - 1) // HOUR_SLOTS
 
 
+def hours_cut(start: int | None, end: int | None) -> list[int]:
+    """Return the hours of which slots [start, end) touch some and leave some; None leaves a side unbounded."""
+    return sorted({bound // HOUR_SLOTS for bound in (start, end) if bound is not None and bound % HOUR_SLOTS})
+
+
 def span_of(hour: int) -> tuple[int, int]:
     """Return the slots [start, end) of an hour."""
     return hour * HOUR_SLOTS, (hour + 1) * HOUR_SLOTS

@@ -7,9 +7,11 @@ import asyncio
 import base64
 import hashlib
 import json
+import re
 import struct
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -22,6 +24,7 @@ from pydantic import BaseModel, ConfigDict
 
 from store.files import Files
 from store.format import HOUR_SLOTS
+from store.slots import union
 
 SLOT_DTYPE = np.dtype("<i4")  # slots within the hour: every file has them
 
@@ -29,6 +32,7 @@ Tensors = Mapping[str, tuple[str, NDArray[Any]]]
 """The tensors of a file by name, each with its dtype as safetensors calls it."""
 
 _SUFFIX = ".safetensors"
+_NAME = re.compile(r"[a-z0-9]+-\d{6,}-[0-9a-f]+\.safetensors")
 _KNOWN_HOURS = 1024  # whose slots, 29 KB each, are held
 _MAX_HEADER_BYTES = 2**20  # some hundred bytes are usual
 _LENGTH = struct.Struct("<Q")
@@ -106,10 +110,7 @@ class HourFiles:
 
     async def remove(self, source_id: str, hour: int, *files: str) -> None:
         """Remove files of an hour, those that are there, and what a crash left of others."""
-        folder = self._hour(source_id, hour)
-        await asyncio.to_thread(self._files.remove, [f"{folder}/{file}" for file in files])
-        await asyncio.to_thread(self._files.remove_drafts, folder)
-        await asyncio.to_thread(self._files.remove_if_empty, [folder, self._files.folder(source_id, "hours")])
+        await asyncio.to_thread(self._remove, source_id, hour, files)
 
     async def remove_source(self, source_id: str) -> None:
         """Remove all files of a source."""
@@ -120,7 +121,11 @@ class HourFiles:
     async def files(self, source_id: str, hour: int, label: str) -> list[str]:
         """Return the names of the files of an hour with a label, that of the highest generation last."""
         names = await asyncio.to_thread(self._files.names, self._hour(source_id, hour))
-        return sorted(name for name in names if name.startswith(f"{label}-") and name.endswith(_SUFFIX))
+        return sorted(name for name in names if name.startswith(f"{label}-") and _NAME.fullmatch(name))
+
+    async def slots(self, source_id: str, hour: int, label: str) -> NDArray[np.int64]:
+        """Return the slots of a source that any whole file of an hour with a label has, ascending."""
+        return await asyncio.to_thread(self._slots, source_id, hour, await self.files(source_id, hour, label))
 
     async def hours(self, source_id: str) -> list[int]:
         """Return the hours that have files."""
@@ -133,9 +138,23 @@ class HourFiles:
         found: dict[int, list[str]] = {}
         for path in paths:
             hour, _, name = path.partition("/")
-            if hour.isdecimal() and name.endswith(_SUFFIX):
+            if hour.isdecimal() and _NAME.fullmatch(name):
                 found.setdefault(int(hour), []).append(name)
         return found
+
+    def _slots(self, source_id: str, hour: int, files: Sequence[str]) -> NDArray[np.int64]:
+        found = []
+        for file in files:
+            with suppress(HourFileGone, HourFileDamaged):
+                within = np.frombuffer(self._read_head(source_id, hour, file).tensors["slots"], SLOT_DTYPE)
+                found.append(within + np.int64(hour * HOUR_SLOTS))
+        return union(*found)
+
+    def _remove(self, source_id: str, hour: int, files: Sequence[str]) -> None:
+        folder = self._hour(source_id, hour)
+        self._files.remove([f"{folder}/{file}" for file in files])
+        self._files.remove_drafts(folder)
+        self._files.remove_if_empty([folder, self._files.folder(source_id, "hours")])
 
     def _hour(self, source_id: str, hour: int) -> str:
         return f"{self._files.folder(source_id, 'hours')}/{hour}"
@@ -206,6 +225,16 @@ class HourFiles:
             raise HourFileDamaged(f"{file} is cut off") from None
 
 
+def label(name: str) -> str:
+    """Return what the name of a file of an hour says of its kind."""
+    return name.partition("-")[0]
+
+
+def generation(name: str) -> int:
+    """Return the generation that the name of a file of an hour tells."""
+    return int(name.split("-")[1])
+
+
 @lru_cache(_KNOWN_HOURS)
 def _slots(bits: str, hour: int) -> NDArray[np.int64]:
     present = np.unpackbits(np.frombuffer(zlib.decompress(base64.b64decode(bits)), np.uint8))
@@ -249,10 +278,12 @@ def _header(text: bytes, file: str) -> tuple[dict[str, str], dict[str, tuple[int
         data_at = _LENGTH.size + len(text)
         places = {}
         for name, about in header.items():
-            start, end = about["data_offsets"]
-            places[name] = data_at + int(start), data_at + int(end)
+            start, end = map(int, about["data_offsets"])
+            if not 0 <= start <= end:
+                raise HourFileDamaged(f"{file} is no segment: its {name} would lie outside of it")
+            places[name] = data_at + start, data_at + end
         metadata["checksum"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise HourFileDamaged(f"{file} is no segment: {type(error).__name__}") from None
     return metadata, places
 

@@ -21,27 +21,24 @@ from store.leases import Leases
 from store.memory import Erased, Memory
 from store.recovery import Recovery
 from store.retention import Retention
-from store.rounds import Rounds
+from store.rounds import Rounds, Stopped
 from store.settings import StoreSettings
 from store.source import Source, Stream, Video
 from store.sources import Kept, Sources
-from store.timeline import Timeline
 
 logger = logging.getLogger(__name__)
 
 LEASE_ID = "janitor"
+SEALS_AT_ONCE = 4  # which mostly wait for the disk; each needs some 100 MB for a moment
+_EVER = 1 << 62
 T = TypeVar("T")
-
-
-class LeaseLost(RuntimeError):
-    """Another janitor works now: this one took too long."""
 
 
 @dataclass(frozen=True, slots=True)
 class SweepReport:
     """What one sweep did: hours sealed; frames, keyframes and uploaded files erased; sources forgotten.
 
-    `left_out` counts sources and hours whose files could not be read or written.
+    `left_out` counts sources and hours with which something was wrong.
     """
 
     sealed: int = 0
@@ -56,7 +53,8 @@ class Janitor:
     """Sweeps the store again and again; of several janitors one works, by a lease."""
 
     def __init__(self, redis: Redis, sources: Sources, memory: Memory, settings: StoreSettings) -> None:
-        self._recovery = Recovery(redis, sources, memory, settings.segments_root)
+        self._rounds = Rounds(redis, self._stay)
+        self._recovery = Recovery(redis, sources, memory, settings.segments_root, self._rounds)
         self._recovered: str | None = None  # the server of which what it may have lost was last looked for
         self._redis = redis
         self._sources = sources
@@ -67,36 +65,39 @@ class Janitor:
         self._owner = f"janitor-{uuid4().hex[:12]}"
         self._held: dict[str, int] = {}
         self._renewed = 0.0
-        self._rounds = Rounds(redis)
         self._retention = Retention(redis, sources, memory, settings, self._rounds)
-        self._unpacked: dict[str, set[int]] = {}  # full hours by source whose keyframes are not packed yet
         self._clean: frozenset[str] = frozenset()  # sources to forget of which the last sweep found nothing more
 
     async def run(self) -> None:
         """Sweep until cancelled, and give the lease back then."""
         try:
             while True:
+                postponed = self._rounds.postponed
                 try:
                     await self._hold()
                     if self._held:
-                        await self._recover()
                         await self.sweep()
-                except (StoreUnavailable, LeaseLost) as error:
+                except (StoreUnavailable, Stopped) as error:
                     logger.warning("sweep put off: %s", error)
                 except Exception:
                     logger.exception("sweep failed; the next one tries again")
+                else:
+                    if self._rounds.postponed > postponed:  # there is more to do than there was time for
+                        continue
                 await asyncio.sleep(self._settings.janitor_interval_s)
         finally:
             with contextlib.suppress(StoreUnavailable):  # then the lease runs out by itself
                 await self._leases.release(self._owner, self._held)
 
     async def sweep(self) -> SweepReport:
-        """Erase and seal once what is due. StoreUnavailable if it could not be finished; the next sweep goes on.
+        """Recover, erase and seal once what is due. StoreUnavailable if it was not finished; the next sweep goes on.
 
-        What cannot be read or written of one source is left out, and does not hold up the others.
+        What is wrong with one source is left out, and does not hold up the others. Sources that wait for their recovery
+        are not sealed: an hour that is known again must not meet a new one in its place.
         Sealing comes last: on a disk that is full, the rest makes room for it. StoreFull if that was not enough.
         """
         before = self._rounds.left_out
+        await self._recover()
         everything = [kept for kept in await self._sources.everything() if not await self._is_coming(kept)]
         stays: list[Source] = []
         leaves: list[Source] = []
@@ -118,7 +119,6 @@ class Janitor:
         for source_id in forgotten:
             await self._sources.forget(source_id)
             self._retention.forget(source_id)
-            self._unpacked.pop(source_id, None)
         self._clean = frozenset(clean - forgotten)
         if forgotten:
             await self._memory.scrub()
@@ -126,9 +126,9 @@ class Janitor:
         uploads = await asyncio.to_thread(self._erase_uploads, videos)
         await asyncio.to_thread(self._settings.room.check)
         await self._for_each(stays, self._recovery.note)
-        sealed = sum(await self._for_each(stays, self._seal))
-        # Redis holds what is not sealed: the pictures of one source must not keep the next one's frames there.
-        await self._for_each(stays, self._pack)
+        found = [source for source in stays if source.id not in self._recovery.pending]
+        sealed = sum(await self._for_each(found, self._seal, at_once=SEALS_AT_ONCE))
+        await self._pack(found)
         left_out = self._rounds.left_out - before
         report = SweepReport(sealed, erased.frames.total, erased.keyframes, uploads, len(forgotten), left_out)
         if report != SweepReport():
@@ -136,29 +136,30 @@ class Janitor:
         return report
 
     async def _recover(self) -> None:
-        """Look for what Redis may have lost, once at first and after each start of it: it may lack its last seconds."""
-        about: Any = await self._redis.info("server")
-        if self._recovered == about["run_id"]:
-            return
+        """Look for what Redis may have lost, once at first and after each start of it: it may lack its last seconds.
+
+        Sealing has its turn in between, for that may take long.
+        """
         try:
-            await self._recovery.run(before_each=self._stay)
-            self._recovered = about["run_id"]
+            about: Any = await self._redis.info("server")
+            if self._recovered != about["run_id"]:
+                await self._recovery.begin()
+                self._recovered = about["run_id"]
+            await self._recovery.go_on(self._settings.janitor_interval_s)
         except StoreUnavailable as error:  # a sweep may be what helps: on a full disk it makes room
             logger.error("what Redis may have lost is looked for later: %s", error)
 
-    async def _for_each(self, sources: Sequence[Source], act: Callable[[Source], Awaitable[T]]) -> list[T]:
-        async def staying(source: Source) -> T:
-            await self._stay()
-            return await act(source)
-
-        return await self._rounds.for_each(sources, staying, lambda source: source.id)
+    async def _for_each(
+        self, sources: Sequence[Source], act: Callable[[Source], Awaitable[T]], *, at_once: int = 1
+    ) -> list[T]:
+        return await self._rounds.for_each(sources, act, lambda source: source.id, at_once=at_once)
 
     async def _stay(self) -> None:
-        """Keep the lease during long work. Raises LeaseLost if another janitor has it."""
+        """Keep the lease during long work. Raises Stopped if another janitor has it."""
         if self._held and time.monotonic() - self._renewed > self._settings.janitor_interval_s:
             await self._hold()
             if not self._held:
-                raise LeaseLost("another janitor goes on with it")
+                raise Stopped("another janitor goes on with it")
 
     async def _hold(self) -> None:
         """Take or keep the lease, or see that another janitor has it."""
@@ -168,7 +169,6 @@ class Janitor:
             return
         self._held = await self._leases.acquire_many([LEASE_ID], self._owner, ttl_s)
         if self._held:  # another one was here last: what this one remembers may be wrong by now
-            self._unpacked.clear()
             self._retention.forget_all()
 
     async def _is_coming(self, kept: Kept) -> bool:
@@ -189,40 +189,43 @@ class Janitor:
         """Seal the full hours of a source and return how many; one that changes meanwhile has its turn later."""
         sealed = 0
         for timeline in await self._memory.timelines(source.id):
-            hours = await timeline.hot_hours(source.id)
-            is_new = source.id not in self._unpacked  # since another janitor was here last
-            if not hours and not is_new:
-                continue
-            before = await self._full_before(source, timeline) // HOUR_SLOTS
-            if is_new:
-                loose = await self._memory.keyframes.loose_hours(source.id)
-                self._unpacked[source.id] = {hour for hour in loose if hour < before}
-            full = [hour for hour in hours if hour < before]
-            self._unpacked[source.id].update(full)
-            sealed += sum(await self._for_each_hour(source, full, partial(timeline.seal, source.id)))
+            if hours := await timeline.hot_hours(source.id):
+                before = await self._full_before(source)
+                full = [hour for hour in hours if hour < before]
+                sealed += sum(await self._for_each_hour(source, full, partial(timeline.seal, source.id)))
         return sealed
 
-    async def _pack(self, source: Source) -> None:
-        """Pack the keyframes of full hours; one that changes meanwhile has its turn later."""
-        hours = self._unpacked.get(source.id, set())
+    async def _pack(self, sources: Sequence[Source]) -> None:
+        """Pack keyframes of full hours for as long as a sweep may last; the next one goes on.
 
-        async def pack(hour: int) -> None:
-            if await self._memory.keyframes.pack(source.id, hour):
-                hours.discard(hour)
-
-        await self._for_each_hour(source, sorted(hours), pack)
+        Redis holds what is not sealed: pictures must not keep frames there.
+        """
+        due: list[tuple[int, str]] = []
+        noted = await self._memory.keyframes.noted_hours([source.id for source in sources])
+        for source in sources:
+            if hours := noted[source.id]:
+                before = await self._full_before(source)
+                due += [(hour, source.id) for hour in hours if hour < before]
+        await self._rounds.for_each(
+            sorted(due),
+            lambda one: self._memory.keyframes.pack(one[1], one[0]),
+            lambda one: f"the keyframes of hour {one[0]} of {one[1]}",
+            patience_s=self._settings.janitor_interval_s,
+        )
 
     async def _for_each_hour(self, source: Source, hours: Iterable[int], act: Callable[[int], Awaitable[T]]) -> list[T]:
         return await self._rounds.for_each(hours, act, lambda hour: f"hour {hour} of {source.id}")
 
-    async def _full_before(self, source: Source, timeline: Timeline) -> int:
-        """Return the slot before which no more frames of a source are expected."""
+    async def _full_before(self, source: Source) -> int:
+        """Return the hour before which no more frames of a source are expected."""
         settle = int(self._settings.seal_settle_s * source.fps)
         if isinstance(source, Stream):
-            return int(time.time() * source.fps) - settle
-        extent = await timeline.extent(source.id)
-        newest = 0 if extent is None else extent[1]
-        return newest - settle if source.status in ("queued", "processing") else newest + HOUR_SLOTS
+            return (int(time.time() * source.fps) - settle) // HOUR_SLOTS
+        if source.status not in ("queued", "processing"):
+            return _EVER
+        extents = [await timeline.extent(source.id) for timeline in await self._memory.timelines(source.id)]
+        newest = max((extent[1] for extent in extents if extent is not None), default=0)
+        return (newest - settle) // HOUR_SLOTS
 
     def _erase_uploads(self, videos: Iterable[Video]) -> int:
         """Remove files of the upload folder that no video needs, unless so young that a video may be on its way.
@@ -242,8 +245,12 @@ class Janitor:
         for path in folder.iterdir():
             if path.name in uploads or path.name.partition(".")[0] in reading:
                 continue
-            with contextlib.suppress(FileNotFoundError):  # its owner was quicker
+            try:
                 if path.is_file() and path.stat().st_mtime < oldest:
                     path.unlink()
                     erased += 1
+            except FileNotFoundError:  # its owner was quicker
+                pass
+            except OSError as error:
+                logger.error("an upload that nobody needs cannot be removed: %s (%s)", path.name, error.strerror)
         return erased

@@ -7,6 +7,8 @@ synced: of one that was written just before the machine crashed there may be an 
 import asyncio
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,14 +16,17 @@ from redis.asyncio import Redis
 
 from store.connection import StoreUnavailable
 from store.files import Files
-from store.format import HOUR_SLOTS, hours_of
+from store.format import HOUR_SLOTS, hours_cut, hours_of
 from store.hot import FrameNotKept
-from store.hour_files import HourFileGone
+from store.hour_files import HourFileDamaged, HourFileGone
 from store.loose import LooseHours
 from store.packs import LABEL, Pack, Packs
-from store.sealed import PackedHours
+from store.sealed import Before, PackedHours
+from store.slots import union
 
 TRIES = 20  # of what meets packing and erasing again and again
+_DAMAGED = "{}: restore the file, or erase the hour"
+_LOST = "the pack {} of {} is lost: restore it, or erase the hour"
 
 
 class Keyframes:
@@ -82,7 +87,7 @@ class Keyframes:
                 lost = str(error)
             # Packed or erased between the looks? Only what is absent twice in the same state is not kept.
             if packed == before and lost is not None:
-                raise StoreUnavailable(f"the pack {lost} of {source_id} is lost: restore it or erase the hour")
+                raise StoreUnavailable(_LOST.format(lost, source_id))
             if lost is None and (packed == before or all(slot in found for slot in slots)):
                 return found
             before = packed
@@ -117,7 +122,11 @@ class Keyframes:
         sizes = await asyncio.to_thread(self._sizes, f"{self._folder(source_id)}/{hour}") if is_noted else {}
         loose = [slot for slot, nbytes in sizes.items() if nbytes]
         packed = await self._packed.between(source_id, hour, hour)
-        return np.unique(np.concatenate([np.array(loose, np.int64), *(pack.slots for pack in packed)]))
+        return union(np.array(loose, np.int64), *(pack.slots for pack in packed))
+
+    async def noted_hours(self, source_ids: Sequence[str]) -> dict[str, list[int]]:
+        """Return by source the hours that have keyframes outside of packs, as far as they are noted: in few trips."""
+        return {source_id: sorted(hours) for source_id, hours in (await self._loose.read_many(source_ids)).items()}
 
     async def loose_hours(self, source_id: str) -> list[int]:
         """Return the hours that have keyframes outside of packs, by a listing, and note what was not noted of them."""
@@ -138,8 +147,7 @@ class Keyframes:
 
         Raises HourFileDamaged if the pack does not read back as it was written; then nothing is moved.
         """
-        old = next(iter(await self._packed.between(source_id, hour, hour)), None)
-        changes = await self._packed.changes(source_id, hour)
+        before = await self._packed.before(source_id, hour)
         noted = (await self._loose.read(source_id)).get(hour)  # before the listing: what comes later stays noted
         loose = await asyncio.to_thread(self._files_of, source_id, hour)
         if not loose:
@@ -148,15 +156,10 @@ class Keyframes:
             return True
         contents = await asyncio.to_thread(self._files.read, list(loose.values()))
         jpegs = {slot: jpeg for slot, jpeg in zip(loose, contents, strict=True) if jpeg}
-        try:
-            jpegs |= {} if old is None else await self._content(source_id, old)
-        except HourFileGone:
+        packed = await self._content(source_id, before)
+        if packed is None or not await self._replace(source_id, before, jpegs | packed, before.as_of):
             return False
-        if not await self._replace(source_id, hour, old, jpegs, changes):
-            return False
-        await asyncio.to_thread(self._files.remove, list(loose.values()))
-        await asyncio.to_thread(self._files.remove_drafts, f"{self._folder(source_id)}/{hour}")
-        await asyncio.to_thread(self._files.remove_if_empty, [f"{self._folder(source_id)}/{hour}"])
+        await asyncio.to_thread(self._remove_loose, f"{self._folder(source_id)}/{hour}", list(loose.values()))
         if noted is not None:
             await self._loose.take(source_id, hour, noted.nbytes)
         return True
@@ -166,32 +169,35 @@ class Keyframes:
 
         False, and nothing is changed, if the hour changed meanwhile.
         """
-        changes = await self._packed.changes(source_id, found.hour)
-        return await self._packed.replace(source_id, found.hour, lost, found, changes=changes)
+        return await self._packed.adopt(source_id, found, lost)
 
     async def packed(self, source_id: str, first: int | None = None, last: int | None = None) -> list[Pack]:
         """Return the packs of the hours first to last that are packed, in order; None leaves a side unbounded."""
         return await self._packed.between(source_id, first, last)
 
-    async def restore(self, source_id: str, hour: int, jpegs: Mapping[int, bytes]) -> bool:
+    async def restore(self, source_id: str, hour: int, jpegs: Mapping[int, bytes], as_of: str) -> bool:
         """Add keyframes of an hour that is over straight to its pack; those that are packed stay as they are.
 
-        False, and nothing is added, if the hour changed meanwhile.
-        Raises HourFileDamaged if the pack does not read back as it was written.
+        False, and nothing is added, if the hour changed meanwhile, or if anything of the source was erased since
+        `as_of`. Raises HourFileDamaged if the pack does not read back as it was written.
         """
-        old = next(iter(await self._packed.between(source_id, hour, hour)), None)
-        changes = await self._packed.changes(source_id, hour)
-        try:
-            packed = {} if old is None else await self._content(source_id, old)
-        except HourFileGone:
+        before = await self._packed.before(source_id, hour)
+        packed = await self._content(source_id, before)
+        if packed is None:
             return False
         if jpegs.keys() <= packed.keys():
             return True
-        return await self._replace(source_id, hour, old, {**jpegs, **packed}, changes)
+        return await self._replace(source_id, before, {**jpegs, **packed}, as_of)
 
     async def erase(self, source_id: str, start: int | None = None, end: int | None = None) -> int:
-        """Erase the keyframes of slots [start, end) and return how many; None leaves a side unbounded."""
-        erased = await self._erase(source_id, start, end, start, end)
+        """Erase the keyframes of slots [start, end) and return how many; None leaves a side unbounded.
+
+        StoreUnavailable, and nothing is erased, as long as an hour of which a part stays has packs that Redis lost.
+        """
+        for hour in hours_cut(start, end):
+            sizes = await asyncio.to_thread(self._sizes, f"{self._folder(source_id)}/{hour}")
+            await self._packed.require_known(self._packs, source_id, LABEL, hour, np.array(list(sizes), np.int64))
+        erased = await self._erase(source_id, start, end, end)
         await self._packed.remove_leftovers(self._packs, source_id, LABEL, *hours_of(start, end))
         if start is None and end is None:
             await self._packed.drop(source_id)
@@ -200,7 +206,7 @@ class Keyframes:
 
     async def expire(self, source_id: str, before: int) -> int:
         """Erase what is older than a slot and return how many; a packed hour goes as one, when all of it is older."""
-        return await self._erase(source_id, None, before, None, before // HOUR_SLOTS * HOUR_SLOTS)
+        return await self._erase(source_id, None, before, before // HOUR_SLOTS * HOUR_SLOTS)
 
     async def check_writable(self) -> None:
         """Write and remove a file. Raises StoreFull, or StoreUnavailable with what else stands in the way."""
@@ -210,31 +216,37 @@ class Keyframes:
         found: dict[int, bytes] = {}
         for pack in packed:
             if here := [slot for slot in slots if slot // HOUR_SLOTS == pack.hour]:
-                found |= await self._packs.read(source_id, pack, here)
+                try:
+                    found |= await self._packs.read(source_id, pack, here)
+                except HourFileDamaged as error:
+                    raise StoreUnavailable(_DAMAGED.format(error)) from None
         loose = [slot for slot in dict.fromkeys(slots) if slot not in found]
         contents = await asyncio.to_thread(self._files.read, [self._path(source_id, slot) for slot in loose])
         return found | {slot: jpeg for slot, jpeg in zip(loose, contents, strict=True) if jpeg}
 
-    async def _content(self, source_id: str, pack: Pack) -> dict[int, bytes]:
-        return await self._packs.read(source_id, pack, pack.slots.tolist())
+    async def _content(self, source_id: str, before: Before[Pack]) -> dict[int, bytes] | None:
+        """Return all that is packed of an hour; None if another pack has taken its place."""
+        pack = before.manifest
+        if pack is None:
+            return {}
+        try:
+            return await self._packs.read(source_id, pack, pack.slots.tolist())
+        except HourFileDamaged as error:
+            raise StoreUnavailable(_DAMAGED.format(error)) from None
+        except HourFileGone:
+            if await self._packed.at(source_id, pack.hour) == pack:
+                raise StoreUnavailable(_LOST.format(pack.file, source_id)) from None
+            return None
 
     async def _replace(
-        self, source_id: str, hour: int, old: Pack | None, jpegs: Mapping[int, bytes], changes: str
+        self, source_id: str, before: Before[Pack], jpegs: Mapping[int, bytes], as_of: str | None = None
     ) -> bool:
-        """Let a pack of these keyframes, or none if they are none, stand for an hour as it was at `changes`."""
-        new = None
-        if jpegs:
-            generation = 1 if old is None else old.generation + 1
-            try:
-                new = await self._packs.write(source_id, hour, generation, jpegs)
-            except HourFileGone:  # an erasure took it for what a crash has left, and so the hour has changed
-                return False
-        done = await self._packed.replace(source_id, hour, old, new, changes=changes)
-        return await self._packed.settle(self._packs, source_id, hour, old, new, done=done)
+        """Let a pack of these keyframes, or none if they are none, stand for an hour."""
+        swap = partial(self._packed.replace, source_id, before, as_of=as_of)
+        writing = self._packs.write(source_id, before.hour, before.next_generation, jpegs) if jpegs else None
+        return await self._packed.put(self._packs, source_id, before, writing, swap)
 
-    async def _erase(
-        self, source_id: str, start: int | None, end: int | None, packed_start: int | None, packed_end: int | None
-    ) -> int:
+    async def _erase(self, source_id: str, start: int | None, end: int | None, packed_end: int | None) -> int:
         noted = await self._loose.read(source_id)
         erased, left = await asyncio.to_thread(self._erase_loose, source_id, start, end)
         for hour, nbytes in left.items():
@@ -243,10 +255,10 @@ class Keyframes:
         for hour in noted:
             if hour not in left and _is_within(hour, start, end):  # a crash has kept them from being written
                 await self._loose.leave(source_id, hour, 0)
-        first, last = hours_of(packed_start, packed_end)
+        first, last = hours_of(start, packed_end)
         for _ in range(TRIES):
             done = [
-                await self._erase_packed(source_id, pack, packed_start, packed_end)
+                await self._erase_packed(source_id, pack, start, packed_end)
                 for pack in await self._packed.between(source_id, first, last)
             ]
             erased += sum(count for count in done if count is not None)
@@ -256,21 +268,18 @@ class Keyframes:
 
     async def _erase_packed(self, source_id: str, pack: Pack, start: int | None, end: int | None) -> int | None:
         """Erase packed keyframes and return their number; None if the hour changed meanwhile."""
-        changes = await self._packed.changes(source_id, pack.hour)
+        before = replace(await self._packed.before(source_id, pack.hour), manifest=pack)
         slots = pack.slots
         low = 0 if start is None else int(np.searchsorted(slots, start))
         high = len(slots) if end is None else int(np.searchsorted(slots, end))
         if low >= high:
             return 0
         doomed = set(slots[low:high].tolist())
-        left: dict[int, bytes] = {}
-        if len(doomed) < len(slots):
-            try:
-                content = await self._content(source_id, pack)
-            except HourFileGone:
-                return None
-            left = {slot: jpeg for slot, jpeg in content.items() if slot not in doomed}
-        return len(doomed) if await self._replace(source_id, pack.hour, pack, left, changes) else None
+        content = await self._content(source_id, before) if len(doomed) < len(slots) else {}
+        if content is None:
+            return None
+        left = {slot: jpeg for slot, jpeg in content.items() if slot not in doomed}
+        return len(doomed) if await self._replace(source_id, before, left) else None
 
     def _path(self, source_id: str, slot: int) -> str:
         return f"{self._folder(source_id)}/{slot // HOUR_SLOTS}/{slot}.jpg"
@@ -302,11 +311,15 @@ class Keyframes:
             if _is_within(hour, start, end):
                 self._files.remove([path], recursive=True)  # with whatever a crash left there
             else:
-                self._files.remove([f"{path}/{slot}.jpg" for slot in doomed])
-                self._files.remove_drafts(path)
-                self._files.remove_if_empty([path])
+                self._remove_loose(path, [f"{path}/{slot}.jpg" for slot in doomed])
         self._files.remove_if_empty([folder])
         return erased, left
+
+    def _remove_loose(self, folder: str, paths: Sequence[str]) -> None:
+        """Remove loose keyframes of an hour, and what a crash has left in its folder."""
+        self._files.remove(paths)
+        self._files.remove_drafts(folder)
+        self._files.remove_if_empty([folder])
 
     def _numbered(self, folder: str, suffix: str) -> Iterator[tuple[int, str]]:
         """List the hour folders or slot files of a folder."""

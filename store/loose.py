@@ -1,6 +1,6 @@
 """What is known of keyframes outside of packs without a listing: on an object store a listing costs money."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ from redis.asyncio import Redis
 from store.keys import EVEN_WHEN_FULL, KeyframeKeys
 
 _FROM = ":from"
+_SOURCES_PER_TRIP = 250
 
 # KEYS: loose hours. ARGV: hour, bytes that are not loose any more.
 _TAKE = f"""{EVEN_WHEN_FULL}
@@ -45,7 +46,18 @@ class LooseHours:
 
     async def read(self, source_id: str) -> dict[int, Loose]:
         """Return the hours of a source."""
-        return parse_loose(await self._redis.hgetall(KeyframeKeys(source_id).loose))
+        return (await self.read_many([source_id]))[source_id]
+
+    async def read_many(self, source_ids: Sequence[str]) -> dict[str, dict[int, Loose]]:
+        """Return the hours of sources, in few trips."""
+        found: dict[str, dict[int, Loose]] = {}
+        for start in range(0, len(source_ids), _SOURCES_PER_TRIP):
+            some = source_ids[start : start + _SOURCES_PER_TRIP]
+            async with self._redis.pipeline(transaction=False) as pipe:
+                for source_id in some:
+                    pipe.hgetall(KeyframeKeys(source_id).loose)
+                found |= zip(some, map(parse_loose, await pipe.execute()), strict=True)
+        return found
 
     async def take(self, source_id: str, hour: int, nbytes: int) -> None:
         """Note that so many bytes of an hour are packed now, or were never written."""

@@ -12,6 +12,7 @@ from redis.exceptions import ResponseError
 
 from store.connection import StoreUnavailable
 from store.erasures import Erasures
+from store.format import span_of
 from store.hot import formats_of
 from store.keyframes import Keyframes
 from store.keys import erased_key
@@ -52,16 +53,36 @@ class Memory:
 
     async def erase(self, source_id: str, start: int | None = None, end: int | None = None) -> Erased:
         """Erase the slots [start, end) for good; None leaves a side unbounded."""
-        frames = await self._erase_tokens(source_id, start, end)
-        keyframes = await self.keyframes.erase(source_id, start, end)
-        # Who makes tokens of kept pictures must not bring back what is erased: one that began before the mark is
-        # refused from now on, one that begins after it finds no pictures any more.
-        await self._redis.set(erased_key(source_id), uuid4().hex, ex=MARK_KEPT_S)
-        frames += await self._erase_tokens(source_id, start, end)
-        if start is None and end is None:
-            await self._segments.remove_source(source_id)  # with what models left of whom nothing else is known
-        await self._erasures.note(source_id)
+        await self._mark(source_id)  # what was read before it is not packed any more
+        try:
+            frames = await self._erase_tokens(source_id, start, end)
+            keyframes = await self.keyframes.erase(source_id, start, end)
+            # Who makes tokens of kept pictures must not bring back what is erased: one that began before the mark is
+            # refused from now on, one that begins after it finds no pictures any more.
+            await self._mark(source_id)
+            frames += await self._erase_tokens(source_id, start, end)
+            if start is None and end is None:
+                await self._segments.remove_source(source_id)  # with what models left of whom nothing else is known
+        finally:
+            await self._erasures.note(source_id)  # of an erasure that fails, too, there are copies that must go
         return Erased(frames, keyframes)
+
+    async def extent(self, source_id: str) -> tuple[int, int] | None:
+        """Return the first and the last slot of which anything may be kept, whatever model saw it; None if nothing is.
+
+        Of hours whose files Redis has lost sight of, that is all of the hour.
+        """
+        hours = set(await self._segments.hours(source_id))
+        ends = []
+        for timeline in await self.timelines(source_id):
+            hours -= {manifest.hour for manifest in await timeline.sealed(source_id)}
+            if (extent := await timeline.extent(source_id)) is not None:
+                ends.append(extent)
+        ends += [(first, behind - 1) for first, behind in map(span_of, hours)]
+        return (min(first for first, _ in ends), max(last for _, last in ends)) if ends else None
+
+    async def _mark(self, source_id: str) -> None:
+        await self._redis.set(erased_key(source_id), uuid4().hex, ex=MARK_KEPT_S)
 
     async def _erase_tokens(self, source_id: str, start: int | None, end: int | None) -> ErasedFrames:
         frames = NOTHING_ERASED

@@ -87,6 +87,9 @@ class Packs(HourFiles):
         ranges = [(pack.offsets["ends"], ends.data.cast("B")), (pack.offsets["slots"], slots.data.cast("B"))]
         self._read_ranges(source_id, pack.hour, pack.file, ranges)
         index = _Index(slots.astype(np.int64) + pack.hour * HOUR_SLOTS, np.concatenate(([0], ends)).astype(np.int64))
+        is_whole = (np.diff(index.bounds) >= 0).all() and index.bounds[-1] <= pack.size
+        if not is_whole or not np.array_equal(index.slots, pack.slots):
+            raise HourFileDamaged(f"{pack.file} is not as it was written: its index differs")
         with self._lock:
             self._known[pack.file] = index
             while len(self._known) > _KNOWN_PACKS:

@@ -6,7 +6,8 @@ that counts; of several the one of the highest generation does.
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -15,10 +16,18 @@ from redis.asyncio import Redis
 
 from store.files import Files
 from store.format import hours_of
-from store.hour_files import HourFileDamaged, HourFileGone, HourFiles, HourManifest
+from store.hour_files import (
+    HourFileDamaged,
+    HourFileGone,
+    HourFiles,
+    HourManifest,
+    generation,
+    label,
+)
 from store.keys import KeyframeKeys, TimelineKeys
 from store.memory import Memory
 from store.packs import LABEL, Pack, Packs
+from store.rounds import Rounds
 from store.segments import Manifest, Segments
 from store.source import Source, SourceNotFound, Stream, Video
 from store.sources import Sources
@@ -59,24 +68,32 @@ class Recovered:
 
 
 class Recovery:
-    """Compares the registry and the manifests with a listing of the files. Raises StoreUnavailable."""
+    """Compares the registry and the manifests with a listing of the files. Raises StoreUnavailable and Stopped."""
 
-    def __init__(self, redis: Redis, sources: Sources, memory: Memory, root_url: str) -> None:
+    def __init__(self, redis: Redis, sources: Sources, memory: Memory, root_url: str, rounds: Rounds) -> None:
         self._redis = redis
         self._sources = sources
         self._memory = memory
         self._files = Files(root_url)
         self._segments = Segments(root_url)
         self._packs = Packs(root_url)
+        self._rounds = rounds
         self._noted: dict[str, bytes] = {}
+        self._pending: dict[str, None] = {}  # in order: those that failed come last
+
+    @property
+    def pending(self) -> Set[str]:
+        """The sources that have files and were not looked at since `begin`, or in vain."""
+        return self._pending.keys()
 
     async def note(self, source: Source) -> None:
         """Write down what a source is, beside its hours, if that has changed."""
         if isinstance(source, Video) and source.status != "ready":
             return
-        content = SourceNote(source=source).model_dump_json(indent=1).encode()
+        content, path = SourceNote(source=source).model_dump_json(indent=1).encode(), self._note(source.id)
         if self._noted.get(source.id) != content:
-            await asyncio.to_thread(self._files.write, {self._note(source.id): content})
+            if await asyncio.to_thread(self._files.read, [path]) != [content]:
+                await asyncio.to_thread(self._files.write, {path: content}, synced=True)
             self._noted[source.id] = content
 
     async def forget(self, source_id: str) -> None:
@@ -85,22 +102,38 @@ class Recovery:
         await asyncio.to_thread(self._files.remove_if_empty, [self._files.folder(source_id, "note")])
         self._noted.pop(source_id, None)
 
-    async def run(self, before_each: Callable[[], Awaitable[None]] | None = None) -> Recovered:
-        """Let every file count that should, of every source that the registry knows or that has left a note."""
-        done = Recovered()
-        for source_id in await asyncio.to_thread(self._files.sources):
-            if before_each is not None:
-                await before_each()
-            try:
-                await self._sources.source(source_id)
-            except SourceNotFound:
-                if not await self._restore_source(source_id):
-                    continue
-                done += Recovered(sources=1)
-            done += await self._recover(source_id)
+    async def begin(self) -> None:
+        """Look for what Redis may have lost of every source that has files, from the next `go_on` on."""
+        self._pending = dict.fromkeys(await asyncio.to_thread(self._files.sources))
+
+    async def go_on(self, patience_s: float | None = None) -> Recovered:
+        """Let every file count that should, of each pending source that the registry knows or that has left a note.
+
+        No source is begun any more when the patience ends.
+        """
+
+        async def recover(source_id: str) -> Recovered:
+            self._pending[source_id] = self._pending.pop(source_id)
+            left_out = self._rounds.left_out
+            done = await self._recover(source_id)
+            if self._rounds.left_out == left_out:
+                del self._pending[source_id]
+            return done
+
+        found = await self._rounds.for_each(list(self._pending), recover, str, patience_s=patience_s)
+        done = sum(found, Recovered())
         if done != Recovered():
             logger.warning("recovered from files: %s", done)
         return done
+
+    async def _recover(self, source_id: str) -> Recovered:
+        try:
+            await self._sources.source(source_id)
+        except SourceNotFound:
+            if not await self._restore_source(source_id):
+                return Recovered()
+            return Recovered(sources=1) + await self._recover_files(source_id)
+        return await self._recover_files(source_id)
 
     async def _restore_source(self, source_id: str) -> bool:
         """Register a source as its note says; False if it left none: it was purged, or never was ours."""
@@ -117,7 +150,7 @@ class Recovery:
             return False
         return await self._sources.restore(source)
 
-    async def _recover(self, source_id: str) -> Recovered:
+    async def _recover_files(self, source_id: str) -> Recovered:
         # What is known is read before the listing: what is sealed in between then looks lost, and is not taken for it,
         # because its hour has changed. The other way round a new file would look like one that nothing names.
         packs = {pack.hour: pack for pack in await self._memory.keyframes.packed(source_id)}
@@ -126,17 +159,20 @@ class Recovery:
             for timeline in await self._memory.timelines(source_id)
         }
         listing = await self._segments.listing(source_id)
-        disowned = await self._disowned(source_id, {_label(file) for files in listing.values() for file in files})
-        listed: dict[str, dict[int, list[str]]] = {label: {} for label in (LABEL, *known)}
+        disowned = await self._disowned(source_id, {label(file) for files in listing.values() for file in files})
+        listed: dict[str, dict[int, list[str]]] = {name: {} for name in (LABEL, *known)}
         for hour, files in listing.items():
-            await self._segments.remove(source_id, hour, *disowned.intersection(files))
+            if doomed := disowned.intersection(files):
+                await self._segments.remove(source_id, hour, *doomed)
             for file in files:
-                if file not in disowned:
-                    listed.setdefault(_label(file), {}).setdefault(hour, []).append(file)
+                if file not in doomed:
+                    listed.setdefault(label(file), {}).setdefault(hour, []).append(file)
         done = await self._recover_packs(source_id, packs, listed.pop(LABEL))
         for fingerprint, files_by_hour in listed.items():
             done += await self._recover_segments(source_id, known.get(fingerprint, {}), files_by_hour)
-        await self._finish_erasures(source_id)
+        await self._memory.keyframes.loose_hours(source_id)  # which notes those that are not noted any more
+        with suppress(SourceNotFound):  # purged meanwhile
+            await self._finish_erasures(source_id)
         return done
 
     async def _recover_segments(
@@ -147,8 +183,8 @@ class Recovery:
             timeline = Timeline(self._redis, format, self._segments)
             return await timeline.adopt(source_id, found, lost)
 
-        counts = await _recover(source_id, known, listed, adopt, self._segments)
-        return Recovered(hours=counts[0], lost=counts[1])
+        adopted, lost = await self._recover_hours(source_id, known, listed, adopt, self._segments)
+        return Recovered(hours=adopted, lost=lost)
 
     async def _recover_packs(
         self, source_id: str, known: Mapping[int, Pack], listed: Mapping[int, Sequence[str]]
@@ -157,12 +193,42 @@ class Recovery:
             found = await self._packs.describe(source_id, hour, file)
             return await self._memory.keyframes.adopt(source_id, found, lost)
 
-        counts = await _recover(source_id, known, listed, adopt, self._packs)
-        return Recovered(packs=counts[0], lost=counts[1])
+        adopted, lost = await self._recover_hours(source_id, known, listed, adopt, self._packs)
+        return Recovered(packs=adopted, lost=lost)
+
+    async def _recover_hours(
+        self,
+        source_id: str,
+        known: Mapping[int, M],
+        listed: Mapping[int, Sequence[str]],
+        adopt: Callable[[int, str, M | None], Awaitable[bool]],
+        files: HourFiles,
+    ) -> tuple[int, int]:
+        """Go through the hours of one kind of files; return how many were adopted, and how many have no whole file."""
+
+        async def recover(hour: int) -> tuple[bool, bool]:
+            names, manifest = listed.get(hour, ()), known.get(hour)
+            if manifest is not None and manifest.file in names:
+                # A crash came before their removal. One of a higher generation is being written just now.
+                others = [name for name in names if name != manifest.file and generation(name) <= manifest.generation]
+                if others:
+                    await files.remove(source_id, hour, *others)
+                return False, False
+            for name in sorted(names, reverse=True):
+                try:
+                    return await adopt(hour, name, manifest), False
+                except (HourFileDamaged, HourFileGone) as error:
+                    logger.error("hour %d of %s: %s", hour, source_id, error)
+            logger.error("hour %d of %s has no whole file: restore it from a copy, or erase the hour", hour, source_id)
+            return False, True
+
+        hours = sorted({*known, *listed}, reverse=True)
+        found = await self._rounds.for_each(hours, recover, lambda hour: f"hour {hour} of {source_id}")
+        return sum(adopted for adopted, _ in found), sum(lost for _, lost in found)
 
     async def _disowned(self, source_id: str, labels: Iterable[str]) -> frozenset[str]:
         """Return the files that somebody was about to remove."""
-        keys = [KeyframeKeys(source_id).disowned, *(TimelineKeys(source_id, label).disowned for label in labels)]
+        keys = [KeyframeKeys(source_id).disowned, *(TimelineKeys(source_id, name).disowned for name in labels)]
         found: Any = await self._redis.sunion(keys)
         return frozenset(file.decode() for file in found)
 
@@ -184,34 +250,3 @@ class Recovery:
 
     def _note(self, source_id: str) -> str:
         return f"{self._files.folder(source_id, 'note')}/{_NOTE}"
-
-
-def _label(file: str) -> str:
-    return file.partition("-")[0]
-
-
-async def _recover(
-    source_id: str,
-    known: Mapping[int, M],
-    listed: Mapping[int, Sequence[str]],
-    adopt: Callable[[int, str, M | None], Awaitable[bool]],
-    files: HourFiles,
-) -> tuple[int, int]:
-    """Go through the hours of one kind of files; return how many were adopted, and how many have no whole file."""
-    adopted = lost = 0
-    for hour in sorted({*known, *listed}, reverse=True):
-        names, manifest = sorted(listed.get(hour, ())), known.get(hour)
-        if manifest is not None and manifest.file in names:
-            # Of a lower generation: a crash came before their removal. A higher one is being written just now.
-            await files.remove(source_id, hour, *names[: names.index(manifest.file)])
-            continue
-        for name in reversed(names):
-            try:
-                adopted += await adopt(hour, name, manifest)
-                break
-            except (HourFileDamaged, HourFileGone) as error:
-                logger.error("hour %d of %s: %s", hour, source_id, error)
-        else:
-            logger.error("hour %d of %s has no whole file: restore it from a copy, or erase the hour", hour, source_id)
-            lost += 1
-    return adopted, lost

@@ -1,6 +1,8 @@
 """Work for one thing after the other, of which a bad one does not stop the rest."""
 
+import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Iterable
 from typing import TypeVar
 
@@ -15,28 +17,67 @@ Item = TypeVar("Item")
 T = TypeVar("T")
 
 
-class Rounds:
-    """Acts on one thing after the other; `left_out` counts those whose files could not be read or written then."""
+class Stopped(RuntimeError):
+    """Somebody else goes on with the work."""
 
-    def __init__(self, redis: Redis) -> None:
+
+async def _go_on() -> None:
+    pass
+
+
+class Rounds:
+    """Acts on many things; counts those that were `left_out`, for that failed, and those `postponed` for lack of time.
+
+    `go_on` is called before each of them, and may raise Stopped.
+    """
+
+    def __init__(self, redis: Redis, go_on: Callable[[], Awaitable[None]] = _go_on) -> None:
         self._redis = redis
+        self._go_on = go_on
         self.left_out = 0
+        self.postponed = 0
 
     async def for_each(
-        self, items: Iterable[Item], act: Callable[[Item], Awaitable[T]], name: Callable[[Item], str]
+        self,
+        items: Iterable[Item],
+        act: Callable[[Item], Awaitable[T]],
+        name: Callable[[Item], str],
+        *,
+        at_once: int = 1,
+        patience_s: float | None = None,
     ) -> list[T]:
-        """Act on every item and return what came of those that were not left out.
+        """Act on every item, on so many at once, and return what came of those that were not left out.
 
-        Raises StoreUnavailable without Redis, and StoreFull: the next one would fare no better.
+        None is begun any more when the patience ends. Raises Stopped, StoreUnavailable without Redis, and StoreFull:
+        the next one would fare no better.
         """
-        done = []
-        for item in items:
-            try:
-                done.append(await act(item))
-            except StoreFull:
-                raise
-            except (StoreUnavailable, HourFileDamaged) as error:
-                await self._redis.ping()
-                logger.error("%s is left for later: %s", name(item), error)
-                self.left_out += 1
+        done: list[T] = []
+        left = iter(items)
+        ends_at = None if patience_s is None else time.monotonic() + patience_s
+
+        async def work() -> None:
+            for item in left:
+                await self._go_on()
+                try:
+                    done.append(await act(item))
+                except (StoreFull, Stopped):
+                    raise
+                except (StoreUnavailable, HourFileDamaged) as error:
+                    await self._redis.ping()
+                    logger.error("%s is left for later: %s", name(item), error)
+                    self.left_out += 1
+                except Exception:
+                    logger.exception("%s is left for later", name(item))
+                    self.left_out += 1
+                if ends_at is not None and time.monotonic() > ends_at:
+                    return
+
+        workers = [asyncio.create_task(work()) for _ in range(at_once)]
+        try:
+            await asyncio.gather(*workers)
+        finally:
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
+        self.postponed += sum(1 for _ in left)
         return done

@@ -1,35 +1,43 @@
 """Which hours are sealed: their manifests in Redis, which change only if the hour has not changed meanwhile."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
 from redis.asyncio import Redis
 
+from store.connection import StoreUnavailable
 from store.format import BLOCKS_PER_HOUR, TokenFormat
-from store.hour_files import HourFiles, HourManifest
+from store.hour_files import HourFileGone, HourFiles, HourManifest
 from store.keys import EVEN_WHEN_FULL, NEW_MARK, SEALED_MARK, KeyframeKeys, TimelineKeys, erased_key, formats_key
 from store.packs import Pack
 from store.segments import Manifest
+from store.slots import without
 
 _HOURS_PER_COMMAND = 1000
+_TRIES = 100  # of looks between which something is erased each time
 _ANY_MARK = "*"
 _CHANGES_KEPT_S = 24 * 3600  # longer than anybody packs an hour
 _DISOWNED_S = 24 * 3600  # who disowns a file removes it at once
 
-# KEYS: changes, sealed hours, manifests, totals, disowned files.
-# ARGV: hour, changes it had, manifest it had, manifest it gets.
-# Nothing happens, and 0 is returned, if the hour has changed since the caller read it, or if the file is disowned.
-_REPLACE = """
+# KEYS: changes, sealed hours, manifests, totals, disowned files, mark of the last erasure.
+# ARGV: hour, changes it had, manifest it had and gets, mark of erasure or _ANY_MARK, '1' if the new one is all of it.
+# Nothing happens, and 0 is returned, if the hour has changed since the caller read it, if anything of the source was
+# erased since the mark, or if the file is disowned.
+_REPLACE = f"""{EVEN_WHEN_FULL}
 local hour = ARGV[1]
+if ARGV[5] ~= '{_ANY_MARK}' and (redis.call('GET', KEYS[6]) or '') ~= ARGV[5] then return 0 end
 if ARGV[4] ~= '' and redis.call('SISMEMBER', KEYS[5], cjson.decode(ARGV[4]).file) == 1 then return 0 end
 if (redis.call('HGET', KEYS[1], hour) or '') ~= ARGV[2] then return 0 end
 if (redis.call('HGET', KEYS[3], hour) or '') ~= ARGV[3] then return 0 end
-redis.call('HDEL', KEYS[1], hour)
-for at, sign in pairs({[3] = -1, [4] = 1}) do
+if ARGV[6] == '1' then redis.call('HDEL', KEYS[1], hour) end
+for at, sign in pairs({{[3] = -1, [4] = 1}}) do
   if ARGV[at] ~= '' then
     local manifest = cjson.decode(ARGV[at])
-    for _, field in ipairs({'frames', 'size'}) do
+    for _, field in ipairs({{'frames', 'size'}}) do
       redis.call('HINCRBY', KEYS[4], field, string.format('%.0f', sign * manifest[field]))
     end
   end
@@ -44,6 +52,25 @@ end
 if redis.call('ZCARD', KEYS[2]) == 0 then redis.call('DEL', KEYS[4]) end
 """
 
+# More KEYS: blocks, frame counter, formats, then t, p, m, v of every block of the hour.
+# More ARGV: fingerprint, format as JSON, frames that are gone, then the blocks' numbers.
+_REPLACE_BLOCKS = f"""{_REPLACE}{NEW_MARK}
+redis.call('HSET', KEYS[1], '{SEALED_MARK}', mark)
+for i = 10, #ARGV do
+  local at = 10 + 4 * (i - 10)
+  redis.call('UNLINK', KEYS[at], KEYS[at + 1], KEYS[at + 2], KEYS[at + 3])
+  redis.call('ZREM', KEYS[7], ARGV[i])
+  redis.call('HDEL', KEYS[1], 'b' .. ARGV[i])
+end
+if ARGV[4] ~= '' then redis.call('HSETNX', KEYS[9], ARGV[7], ARGV[8]) end
+if tonumber(ARGV[9]) ~= 0 then redis.call('DECRBY', KEYS[8], ARGV[9]) end
+if redis.call('ZCARD', KEYS[7]) == 0 and redis.call('ZCARD', KEYS[2]) == 0 then
+  redis.call('DEL', KEYS[1], KEYS[8])
+  redis.call('HDEL', KEYS[9], ARGV[7])
+end
+return 1
+"""
+
 # What the manifests add up to, counted anew. KEYS: manifests, totals.
 _RECOUNT = """
 local totals = {frames = 0, size = 0}
@@ -54,27 +81,6 @@ end
 redis.call('DEL', KEYS[2])
 if totals.frames == 0 then return end
 for field, sum in pairs(totals) do redis.call('HSET', KEYS[2], field, string.format('%.0f', sum)) end
-"""
-
-# More KEYS: mark of the last erasure, blocks, frame counter, formats, then t, p, m, v of every block of the hour.
-# More ARGV: mark that it had or _ANY_MARK, fingerprint, format as JSON, frames that are gone, then the blocks' numbers.
-_REPLACE_BLOCKS = f"""{NEW_MARK}
-if ARGV[5] ~= '{_ANY_MARK}' and (redis.call('GET', KEYS[6]) or '') ~= ARGV[5] then return 0 end
-{_REPLACE}
-redis.call('HSET', KEYS[1], '{SEALED_MARK}', mark)
-for i = 9, #ARGV do
-  local at = 10 + 4 * (i - 9)
-  redis.call('UNLINK', KEYS[at], KEYS[at + 1], KEYS[at + 2], KEYS[at + 3])
-  redis.call('ZREM', KEYS[7], ARGV[i])
-  redis.call('HDEL', KEYS[1], 'b' .. ARGV[i])
-end
-if ARGV[4] ~= '' then redis.call('HSETNX', KEYS[9], ARGV[6], ARGV[7]) end
-if tonumber(ARGV[8]) ~= 0 then redis.call('DECRBY', KEYS[8], ARGV[8]) end
-if redis.call('ZCARD', KEYS[7]) == 0 and redis.call('ZCARD', KEYS[2]) == 0 then
-  redis.call('DEL', KEYS[1], KEYS[8])
-  redis.call('HDEL', KEYS[9], ARGV[6])
-end
-return 1
 """
 
 # KEYS: manifests, disowned files. ARGV: hour, seconds, then files of the hour. Returns those that do not count.
@@ -114,6 +120,20 @@ M = TypeVar("M", bound=HourManifest)
 K = TypeVar("K", bound=_Keys)
 
 
+@dataclass(frozen=True, slots=True)
+class Before(Generic[M]):
+    """An hour before something takes its place: its manifest, and the marks of what is not sealed and of erasures."""
+
+    hour: int
+    manifest: M | None
+    changes: str
+    as_of: str
+
+    @property
+    def next_generation(self) -> int:
+        return 1 if self.manifest is None else self.manifest.generation + 1
+
+
 class _Hours(ABC, Generic[M, K]):
     """The manifests of all sources' sealed hours. Raises StoreUnavailable."""
 
@@ -128,6 +148,10 @@ class _Hours(ABC, Generic[M, K]):
     def keys(self, source_id: str) -> K:
         """Return the names of a source's keys."""
 
+    async def at(self, source_id: str, hour: int) -> M | None:
+        """Return the manifest of an hour, None if it is not sealed."""
+        return self._read(await self._redis.hget(self.keys(source_id).sealed, str(hour)))
+
     async def between(self, source_id: str, start: int | None = None, end: int | None = None) -> list[M]:
         """Return the manifests of the sealed hours start to end, both included, in order; None leaves a side open."""
         keys = self.keys(source_id)
@@ -138,7 +162,7 @@ class _Hours(ABC, Generic[M, K]):
     async def ends(self, source_id: str) -> tuple[M, M] | None:
         """Return the manifests of the first and the last sealed hour, None if there is none."""
         keys = self.keys(source_id)
-        while True:
+        for _ in range(_TRIES):
             async with self._redis.pipeline() as pipe:
                 pipe.zrange(keys.hours, 0, 0)
                 pipe.zrange(keys.hours, -1, -1)
@@ -148,11 +172,10 @@ class _Hours(ABC, Generic[M, K]):
             found = await self._manifests(keys, [int(hour) for hour in (*first, *last)])
             if len(found) == 2:  # else one of the hours was erased between the two trips
                 return found[0], found[1]
-
-    async def changes(self, source_id: str, hour: int) -> str:
-        """Return a mark that differs after every change of what of the hour is not sealed yet."""
-        mark: Any = await self._redis.hget(self.keys(source_id).changes, str(hour))
-        return "" if mark is None else mark.decode()
+        raise StoreUnavailable(
+            f"the sealed hours of {source_id} have lost manifests that their index names; "
+            "check that Redis runs with maxmemory-policy noeviction"
+        )
 
     async def marks(self, source_ids: Sequence[str]) -> list[dict[str, str]]:
         """Return for each source the marks of what is not sealed, and that of all that is."""
@@ -162,37 +185,71 @@ class _Hours(ABC, Generic[M, K]):
             found: list[Any] = await pipe.execute()
         return [{field.decode(): mark.decode() for field, mark in marks.items()} for marks in found]
 
-    async def touch(self, source_id: str, hour: int) -> None:
-        """Let every `replace` fail that has begun before now."""
-        await self._touch([self.keys(source_id).changes], [hour])
-
-    async def disown(self, source_id: str, hour: int, *files: str) -> list[str]:
-        """Return those of the files that no manifest names, and see to it that none ever does.
-
-        Only these may be removed: somebody may have found a file and let it count, though who wrote it could not.
-        """
-        keys = self.keys(source_id)
-        found: list[Any] = await self._disown([keys.sealed, keys.disowned], [hour, _DISOWNED_S, *files])
-        return [file.decode() for file in found]
-
     async def recount(self, source_id: str) -> None:
         """Count anew what the hours of a source add up to."""
         keys = self.keys(source_id)
         await self._recount([keys.sealed, keys.totals])
 
-    async def settle(
-        self, files: HourFiles, source_id: str, hour: int, old: M | None, new: M | None, *, done: bool
-    ) -> bool:
-        """Remove what a `replace` that was done or not has left over, and return whether `new` counts.
+    # Another file for an hour
 
-        It may count though the `replace` failed: somebody found its file, and adopted it.
+    async def as_of(self, source_id: str) -> str:
+        """Return a mark that differs after every erasure from the source's memory."""
+        mark: Any = await self._redis.get(erased_key(source_id))
+        return "" if mark is None else mark.decode()
+
+    async def before(self, source_id: str, hour: int) -> Before[M]:
+        """Return how an hour is now."""
+        keys = self.keys(source_id)
+        async with self._redis.pipeline() as pipe:
+            pipe.hget(keys.sealed, str(hour))
+            pipe.hget(keys.changes, str(hour))
+            pipe.get(erased_key(source_id))
+            manifest, changes, as_of = await pipe.execute()
+        return Before(hour, self._read(manifest), (changes or b"").decode(), (as_of or b"").decode())
+
+    async def touch(self, source_id: str, hour: int) -> None:
+        """Let every `put` fail whose `before` was read before now."""
+        await self._touch([self.keys(source_id).changes], [hour])
+
+    async def put(
+        self,
+        files: HourFiles,
+        source_id: str,
+        before: Before[M],
+        writing: Awaitable[M] | None,
+        replace: Callable[[M | None], Awaitable[bool]],
+    ) -> bool:
+        """Write a file, or none, let it take an hour's place, and remove the one that does not count then.
+
+        False, and nothing is changed, if `replace` finds that the hour is not any more as it was before.
         """
-        superseded = old if done else new
+        try:
+            new = None if writing is None else await writing
+        except HourFileGone:  # an erasure took it for what a crash has left, and so the hour has changed
+            return False
+        done = await replace(new)
+        superseded = before.manifest if done else new
         if superseded is None:
             return done
-        unnamed = await self.disown(source_id, hour, superseded.file)
-        await files.remove(source_id, hour, *unnamed)
+        # It may count though it was not let in: somebody found it, and adopted it.
+        unnamed = await self._disowned(source_id, before.hour, superseded.file)
+        await files.remove(source_id, before.hour, *unnamed)
         return done or not unnamed
+
+    async def require_known(
+        self, files: HourFiles, source_id: str, label: str, hour: int, unsealed: NDArray[np.int64]
+    ) -> None:
+        """Raise StoreUnavailable if files of an hour hold more than its `unsealed` slots, and no manifest is known.
+
+        Redis has lost sight of them then; else they are what a crash has left, or being written just now.
+        """
+        if await self.at(source_id, hour) is not None:
+            return
+        if len(without(await files.slots(source_id, hour, label), unsealed)):
+            raise StoreUnavailable(
+                f"hour {hour} of {source_id} has files that Redis has lost sight of; the janitor looks for them: "
+                "try again in a minute"
+            )
 
     async def remove_leftovers(
         self, files: HourFiles, source_id: str, label: str, first: int | None, last: int | None
@@ -202,15 +259,27 @@ class _Hours(ABC, Generic[M, K]):
             if (first is not None and hour < first) or (last is not None and hour > last):
                 continue
             found = await files.files(source_id, hour, label)
-            await files.remove(source_id, hour, *await self.disown(source_id, hour, *found))
+            await files.remove(source_id, hour, *await self._disowned(source_id, hour, *found))
+
+    async def _disowned(self, source_id: str, hour: int, *files: str) -> list[str]:
+        """Return those of the files that no manifest names, and see to it that none ever does.
+
+        Only these may be removed: somebody may have found a file and let it count, though who wrote it could not.
+        """
+        keys = self.keys(source_id)
+        found: list[Any] = await self._disown([keys.sealed, keys.disowned], [hour, _DISOWNED_S, *files])
+        return [file.decode() for file in found]
 
     async def _manifests(self, keys: K, hours: Sequence[int]) -> list[M]:
         found = []
         for start in range(0, len(hours), _HOURS_PER_COMMAND):
             some = hours[start : start + _HOURS_PER_COMMAND]
             texts = await self._redis.hmget(keys.sealed, [str(hour) for hour in some])
-            found += [self._manifest.model_validate_json(text) for text in texts if text is not None]
+            found += [manifest for text in texts if (manifest := self._read(text)) is not None]
         return found
+
+    def _read(self, text: Any) -> M | None:
+        return None if text is None else self._manifest.model_validate_json(text)
 
 
 class SealedHours(_Hours[Manifest, TimelineKeys]):
@@ -224,51 +293,37 @@ class SealedHours(_Hours[Manifest, TimelineKeys]):
     def keys(self, source_id: str) -> TimelineKeys:
         return TimelineKeys(source_id, self._format.fingerprint)
 
-    async def as_of(self, source_id: str) -> str:
-        """Return a mark that differs after every erasure from the source's memory."""
-        mark: Any = await self._redis.get(erased_key(source_id))
-        return "" if mark is None else mark.decode()
-
     async def replace(
-        self,
-        source_id: str,
-        hour: int,
-        old: Manifest | None,
-        new: Manifest | None,
-        *,
-        changes: str,
-        as_of: str | None = None,
-        gone: int = 0,
+        self, source_id: str, before: Before[Manifest], new: Manifest | None, *, as_of: str | None = None, gone: int = 0
     ) -> bool:
-        """Let `new` stand for the hour instead of `old` and all of its hot blocks; it has `gone` frames less.
+        """Let `new` stand for an hour instead of its manifest and all of its hot blocks; it has `gone` frames less.
 
-        False, and nothing is changed, if the hour is not any more as it was when `old` and `changes` were read, or if
-        anything of the source was erased since `as_of`.
+        False, and nothing is changed, if the hour is not any more as it was before, or if anything of the source was
+        erased since `as_of`.
         """
-        blocks = list(range(hour * BLOCKS_PER_HOUR, (hour + 1) * BLOCKS_PER_HOUR))
-        return await self._swap(source_id, hour, old, new, blocks, changes=changes, as_of=as_of, gone=gone)
+        blocks = range(before.hour * BLOCKS_PER_HOUR, (before.hour + 1) * BLOCKS_PER_HOUR)
+        return await self._swap(source_id, before, new, blocks, as_of=as_of, gone=gone)
 
     async def adopt(self, source_id: str, found: Manifest, lost: Manifest | None) -> bool:
         """Let `found` stand for its hour instead of `lost`; hot blocks stay. False if the hour changed meanwhile."""
-        changes, gone = await self.changes(source_id, found.hour), (0 if lost is None else lost.frames) - found.frames
-        return await self._swap(source_id, found.hour, lost, found, [], changes=changes, as_of=None, gone=gone)
+        before = replace(await self.before(source_id, found.hour), manifest=lost)
+        gone = (0 if lost is None else lost.frames) - found.frames
+        return await self._swap(source_id, before, found, (), as_of=None, gone=gone)
 
     async def _swap(
         self,
         source_id: str,
-        hour: int,
-        old: Manifest | None,
+        before: Before[Manifest],
         new: Manifest | None,
         blocks: Sequence[int],
         *,
-        changes: str,
         as_of: str | None,
         gone: int,
     ) -> bool:
         keys, format = self.keys(source_id), self._format
-        named = [keys.changes, keys.hours, keys.sealed, keys.totals, keys.disowned, erased_key(source_id)]
+        named = _named(keys, source_id)
         named += [keys.blocks, keys.frames, formats_key(source_id), *keys.of_blocks(blocks)]
-        about: list[str | int] = [hour, changes, _text(old), _text(new), _ANY_MARK if as_of is None else as_of]
+        about = _about(before, new, as_of, is_all=bool(blocks))
         about += [format.fingerprint, format.model_dump_json(), gone, *blocks]
         return bool(await self._replace(named, about))
 
@@ -283,18 +338,34 @@ class PackedHours(_Hours[Pack, KeyframeKeys]):
     def keys(self, source_id: str) -> KeyframeKeys:
         return KeyframeKeys(source_id)
 
-    async def replace(self, source_id: str, hour: int, old: Pack | None, new: Pack | None, *, changes: str) -> bool:
-        """Let `new` stand for the hour instead of `old`; False, and nothing is changed, if the hour has changed."""
-        keys = self.keys(source_id)
-        named = [keys.changes, keys.hours, keys.sealed, keys.totals, keys.disowned]
-        return bool(await self._replace(named, [hour, changes, _text(old), _text(new)]))
+    async def replace(
+        self, source_id: str, before: Before[Pack], new: Pack | None, *, as_of: str | None = None
+    ) -> bool:
+        """Let `new` stand for an hour instead of its pack.
+
+        False, and nothing is changed, if the hour is not any more as it was before, or if anything of the source was
+        erased since `as_of`.
+        """
+        about = _about(before, new, as_of, is_all=True)
+        return bool(await self._replace(_named(self.keys(source_id), source_id), about))
+
+    async def adopt(self, source_id: str, found: Pack, lost: Pack | None) -> bool:
+        """Let `found` stand for its hour instead of `lost`. False if the hour changed meanwhile."""
+        before = replace(await self.before(source_id, found.hour), manifest=lost)
+        about = _about(before, found, None, is_all=False)
+        return bool(await self._replace(_named(self.keys(source_id), source_id), about))
 
     async def drop(self, source_id: str) -> None:
-        """Forget all hours of a source; whoever packs one of them just now fails."""
+        """Forget all hours of a source."""
         keys = self.keys(source_id)
         await self._redis.delete(keys.hours, keys.sealed, keys.totals)
         await self._redis.expire(keys.changes, _CHANGES_KEPT_S)  # without its marks nothing would have changed
 
 
-def _text(manifest: HourManifest | None) -> str:
-    return "" if manifest is None else manifest.model_dump_json()
+def _named(keys: _Keys, source_id: str) -> list[str]:
+    return [keys.changes, keys.hours, keys.sealed, keys.totals, keys.disowned, erased_key(source_id)]
+
+
+def _about(before: Before[M], new: M | None, as_of: str | None, *, is_all: bool) -> list[str | int]:
+    was, becomes = ("" if one is None else one.model_dump_json() for one in (before.manifest, new))
+    return [before.hour, before.changes, was, becomes, _ANY_MARK if as_of is None else as_of, "1" if is_all else ""]

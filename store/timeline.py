@@ -7,7 +7,8 @@ again. A frame that comes for a sealed hour is hot until the hour is sealed anew
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,22 @@ from numpy.typing import NDArray
 from redis.asyncio import Redis
 
 from store.connection import StoreUnavailable
-from store.format import BLOCKS_PER_HOUR, HOUR_SLOTS, TIME_DTYPE, VECTOR_DTYPE, TokenFormat, hours_of, span_of
+from store.format import (
+    BLOCKS_PER_HOUR,
+    HOUR_SLOTS,
+    TIME_DTYPE,
+    VECTOR_DTYPE,
+    TokenFormat,
+    hours_cut,
+    hours_of,
+    span_of,
+)
 from store.hot import Entry, FrameNotKept, HotTimeline, formats_of
 from store.hour_files import HourFileDamaged, HourFileGone
 from store.keys import BLOCK_MARK, SEALED_MARK
-from store.sealed import SealedHours
+from store.sealed import Before, SealedHours
 from store.segments import Hour, Manifest, Part, Segments
+from store.slots import NO_SLOTS, union, without
 
 TRIES = 20  # of a read that meets seals and erasures again and again
 _HOT_PARTS: Mapping[Part, str] = {"tokens": "t", "vectors": "v", "times": "m"}
@@ -80,18 +91,13 @@ class Timeline:
         sealed = await self._sealed.between(source_id, start // HOUR_SLOTS, (end - 1) // HOUR_SLOTS)
         if not sealed:
             return hot
-        slots = np.concatenate([manifest.slots for manifest in sealed])
-        if len(hot):  # else in order already: to sort a week costs more than to read it
-            slots = np.union1d(slots, hot)
+        slots = union(*(manifest.slots for manifest in sealed), hot)
         return slots[slice(*np.searchsorted(slots, [start, end]))]
 
     async def seen_by_others(self, source_id: str, start: int, end: int) -> NDArray[np.int64]:
         """Return the slots of [start, end) of which tokens of other models are kept, ascending."""
-        found = [np.empty(0, np.int64)]
-        for format in await formats_of(self._redis, source_id):
-            if format.fingerprint != self.format.fingerprint:
-                found.append(await Timeline(self._redis, format, self._segments).slots(source_id, start, end))
-        return np.unique(np.concatenate(found))
+        others = [one for one in await formats_of(self._redis, source_id) if one.fingerprint != self.format.fingerprint]
+        return union(*[await Timeline(self._redis, one, self._segments).slots(source_id, start, end) for one in others])
 
     async def present(self, source_id: str, start: int, end: int) -> NDArray[np.bool_]:
         """Return for each slot of [start, end) whether its frame is kept, (end - start,)."""
@@ -152,9 +158,6 @@ class Timeline:
         for marks in await self._sealed.marks(source_ids):
             sealed = marks.pop(SEALED_MARK, "")
             hours = {int(field): mark for field, mark in marks.items() if field[0] != BLOCK_MARK}
-            for field, mark in marks.items():
-                if field[0] == BLOCK_MARK:  # an hour that was adopted has lost its own mark
-                    hours.setdefault(int(field[1:]) // BLOCKS_PER_HOUR, mark)
             found.append((hours, sealed))
         return found
 
@@ -163,13 +166,12 @@ class Timeline:
 
         Raises HourFileDamaged if the segment does not read back as it was written; then nothing is moved.
         """
-        old = next(iter(await self._sealed.between(source_id, hour, hour)), None)
-        changes = await self._sealed.changes(source_id, hour)
+        before = await self._sealed.before(source_id, hour)
         try:
             rows = await self._hour(source_id, hour)
         except FrameNotKept:  # erased between two reads
             return False
-        return len(rows.slots) > 0 and await self._replace(source_id, hour, old, rows, changes)
+        return len(rows.slots) > 0 and await self._replace(source_id, before, rows)
 
     async def as_of(self, source_id: str) -> str:
         """Return a mark of the present for `restore`: to be taken before what shall be restored is read."""
@@ -183,8 +185,7 @@ class Timeline:
         Raises HourFileDamaged if the segment does not read back as it was written.
         """
         hour = self._checked(rows)
-        old = next(iter(await self._sealed.between(source_id, hour, hour)), None)
-        changes = await self._sealed.changes(source_id, hour)
+        before = await self._sealed.before(source_id, hour)
         try:
             kept = await self._hour(source_id, hour)
         except FrameNotKept:
@@ -192,8 +193,7 @@ class Timeline:
         is_new = ~np.isin(rows.slots, kept.slots)
         if not is_new.any():
             return True
-        merged = _merged(kept, rows, is_new)
-        return await self._replace(source_id, hour, old, merged, changes, as_of)
+        return await self._replace(source_id, before, _merged(kept, rows, is_new), as_of)
 
     async def adopt(self, source_id: str, found: Manifest, lost: Manifest | None) -> bool:
         """Let a segment count of whose hour none is known, or one (`lost`) that is not there any more.
@@ -203,10 +203,16 @@ class Timeline:
         return await self._sealed.adopt(source_id, found, lost)
 
     async def erase(self, source_id: str, start: int | None = None, end: int | None = None) -> ErasedFrames:
-        """Erase the slots [start, end) for good; None leaves a side unbounded."""
+        """Erase the slots [start, end) for good; None leaves a side unbounded.
+
+        StoreUnavailable, and nothing is erased, as long as an hour of which a part stays has files that Redis lost.
+        """
         erased = NOTHING_ERASED
         if start is not None and end is not None and end <= start:
             return erased
+        for hour in hours_cut(start, end):
+            hot_slots = await self._hot.slots(source_id, *span_of(hour))
+            await self._sealed.require_known(self._segments, source_id, self.format.fingerprint, hour, hot_slots)
         first, last = hours_of(start, end)
         for _ in range(TRIES):
             # Hot frames first, each time: a seal in between may have brought some of them into a segment.
@@ -237,12 +243,12 @@ class Timeline:
         doomed = old.slots[low:high]
         if not len(doomed):
             return 0
-        changes = await self._sealed.changes(source_id, old.hour)
+        before = replace(await self._sealed.before(source_id, old.hour), manifest=old)
         try:
-            rows = await self._hour(source_id, old.hour, without=doomed)
+            rows = await self._hour(source_id, old.hour, doomed)
         except FrameNotKept:
             return None
-        return len(doomed) if await self._replace(source_id, old.hour, old, rows, changes) else None
+        return len(doomed) if await self._replace(source_id, before, rows) else None
 
     def _checked(self, rows: Hour) -> int:
         """Return the hour of rows. ValueError if they are not rows of one hour in this format."""
@@ -258,27 +264,19 @@ class Timeline:
             raise ValueError(f"vectors {rows.vectors.shape} and times {rows.times.shape} do not fit {count} slots")
         return first
 
-    async def _replace(
-        self, source_id: str, hour: int, old: Manifest | None, rows: Hour, changes: str, as_of: str | None = None
-    ) -> bool:
-        """Let a segment of these rows, or nothing if they are none, stand for an hour as it was at `changes`."""
-        new = None
-        if len(rows.slots):
-            generation = 1 if old is None else old.generation + 1
-            try:
-                new = await self._segments.write(source_id, self.format, hour, generation, rows)
-            except HourFileGone:  # an erasure took it for what a crash has left, and so the hour has changed
-                return False
+    async def _replace(self, source_id: str, before: Before[Manifest], rows: Hour, as_of: str | None = None) -> bool:
+        """Let a segment of these rows, or nothing if they are none, stand for an hour."""
+        hour, old = before.hour, before.manifest
         kept = len(await self._hot.slots(source_id, *span_of(hour))) + (0 if old is None else old.frames)
-        gone = kept - len(rows.slots)
-        done = await self._sealed.replace(source_id, hour, old, new, changes=changes, as_of=as_of, gone=gone)
-        return await self._sealed.settle(self._segments, source_id, hour, old, new, done=done)
+        swap = partial(self._sealed.replace, source_id, before, as_of=as_of, gone=kept - len(rows.slots))
+        writing = None
+        if len(rows.slots):
+            writing = self._segments.write(source_id, self.format, hour, before.next_generation, rows)
+        return await self._sealed.put(self._segments, source_id, before, writing, swap)
 
-    async def _hour(self, source_id: str, hour: int, without: NDArray[np.int64] | None = None) -> Hour:
-        """Read what is kept of an hour. FrameNotKept if it changes meanwhile."""
-        slots = await self.slots(source_id, *span_of(hour))
-        if without is not None:
-            slots = np.setdiff1d(slots, without)
+    async def _hour(self, source_id: str, hour: int, doomed: NDArray[np.int64] = NO_SLOTS) -> Hour:
+        """Read what is kept of an hour, but for doomed slots. FrameNotKept if it changes meanwhile."""
+        slots = without(await self.slots(source_id, *span_of(hour)), doomed)
         return Hour(
             slots=slots,
             tokens=await self.read(source_id, slots),

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from uuid import uuid4
 
 import numpy as np
 import pytest
@@ -17,8 +18,6 @@ from store.moments import HITS_PER_MOMENT, Moment, Moments, Span
 from store.segments import Segments
 from store.settings import StoreSettings
 from store.timeline import Timeline
-
-SEGMENTS = Segments("memory://moments")
 
 WIDTH = 16
 FORMAT = TokenFormat(fingerprint="0123456789abcdef", dtype="float16", tokens_per_frame=1, width=2, vector_width=WIDTH)
@@ -53,7 +52,7 @@ class Writer:
     """Appends vectors as the owner of every source."""
 
     def __init__(self, redis: StoreRedis) -> None:
-        self.timeline = Timeline(redis, FORMAT, SEGMENTS)
+        self.timeline = Timeline(redis, FORMAT, Segments(f"memory://{uuid4().hex}"))
         self._leases = Leases(redis)
         self._epochs: dict[str, int] = {}
 

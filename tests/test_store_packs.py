@@ -11,7 +11,9 @@ from store.format import HOUR_SLOTS
 from store.hot import FrameNotKept
 from store.hour_files import HourFileDamaged
 from store.keyframes import Keyframes
+from store.memory import Memory
 from store.packs import LABEL, Pack, Packs
+from store.segments import Segments
 
 FIRST = 500_000
 START = FIRST * HOUR_SLOTS
@@ -198,10 +200,8 @@ async def test_an_hour_that_changes_while_it_is_packed_stays_as_it_is(redis, key
 
 async def test_what_a_crash_left_of_a_packing_is_never_read_and_goes_with_the_next_erasure(keyframes):
     await remember(keyframes, [START, START + 1])
-    await keyframes._packs.write("str_a", FIRST, 9, {START: b"never counted", START + 7: b"nor this"})
-    assert await keyframes.get("str_a", START) == jpeg(START)
-    with pytest.raises(FrameNotKept):
-        await keyframes.get("str_a", START + 7)
+    await keyframes._packs.write("str_a", FIRST, 9, {START: b"never counted", START + 1: b"nor this"})
+    assert await keyframes.get_many("str_a", [START, START + 1]) == [jpeg(START), jpeg(START + 1)]
     assert await keyframes.erase("str_a", START, START + 1) == 1
     assert await keyframes._packs.files("str_a", FIRST, LABEL) == []
     assert await keyframes.get("str_a", START + 1) == jpeg(START + 1)
@@ -226,6 +226,63 @@ async def test_a_pack_that_does_not_read_back_leaves_the_keyframes_where_they_ar
     assert await keyframes.get("str_a", START + 3) == jpeg(START + 3)
     assert await keyframes.pack("str_a", FIRST)
     assert len(files_of(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("part", ["cut off", "ends", "slots"])
+async def test_a_damaged_pack_is_named_with_what_to_do_by_whatever_reads_it(redis, tmp_path, part):
+    keyframes = Keyframes(redis, str(tmp_path))
+    await remember(keyframes, range(START, START + 20))
+    await keyframes.pack("str_a", FIRST)
+    [pack] = await keyframes.packed("str_a")
+    path, content = next(tmp_path.rglob("*.safetensors")), bytearray(next(tmp_path.rglob("*.safetensors")).read_bytes())
+    if part == "cut off":
+        del content[pack.offsets["jpegs"] + 5 :]
+    else:
+        content[pack.offsets[part] + 2] ^= 0x40
+    path.write_bytes(content)
+    keyframes = Keyframes(redis, str(tmp_path))  # which knows no index yet
+    for reading in (
+        keyframes.find("str_a", [START + 3]),
+        keyframes.get_many("str_a", list(range(START, START + 20))),
+        keyframes.erase("str_a", START, START + 5),
+    ):
+        with pytest.raises(StoreUnavailable, match="restore the file, or erase the hour") as raised:
+            await reading
+        assert str(tmp_path) not in str(raised.value)
+    assert await keyframes.erase("str_a", START, START + HOUR_SLOTS) == 20
+
+
+async def test_a_part_of_a_pack_that_was_lost_cannot_be_erased_but_all_of_it(redis, tmp_path):
+    keyframes = Keyframes(redis, str(tmp_path))
+    await remember(keyframes, range(START, START + 20))
+    await keyframes.pack("str_a", FIRST)
+    next(tmp_path.rglob("*.safetensors")).unlink()
+    with pytest.raises(StoreUnavailable, match="is lost: restore it, or erase the hour"):
+        await keyframes.erase("str_a", START, START + 5)
+    assert await keyframes.erase("str_a", START, START + HOUR_SLOTS) == 20
+
+
+@pytest.mark.parametrize("begun", ["pack", "restore"])
+async def test_what_is_packed_while_all_is_erased_does_not_come_back(redis, segments_root, begun):
+    keyframes = Keyframes(redis, segments_root)
+    memory = Memory(redis, Segments(segments_root), keyframes)
+    await remember(keyframes, [START, START + 1])
+    write = keyframes._packs.write
+
+    async def overtaken(*about: object) -> Pack:
+        keyframes._packs.write = write
+        await keyframes.pack("str_a", FIRST)  # by another one: then the erasure finds a pack
+        await memory.erase("str_a")
+        return await write(*about)
+
+    keyframes._packs.write = overtaken
+    if begun == "pack":
+        assert not await keyframes.pack("str_a", FIRST)
+    else:
+        assert not await keyframes.restore("str_a", FIRST, {START + 9: jpeg(START + 9)}, "")
+    assert await keyframes.hours("str_a") == []
+    assert await keyframes.find("str_a", [START, START + 1, START + 9]) == {}
+    assert Files(segments_root).tree(segments_root) == []
 
 
 async def test_a_pack_that_was_lost_is_named(redis, tmp_path):

@@ -130,11 +130,11 @@ async def test_restored_keyframes_join_those_that_are_packed_and_do_not_replace_
     jpegs = {START + slot: b"\xff\xd8 restored %d" % slot for slot in range(10)}
     await keyframes.put_many({("str_a", START + slot): b"\xff\xd8 own %d" % slot for slot in (3, 4)})
     assert await keyframes.pack("str_a", HOUR)
-    assert await keyframes.restore("str_a", HOUR, jpegs)
+    assert await keyframes.restore("str_a", HOUR, jpegs, "")
     found = await keyframes.find("str_a", range(START, START + 20))
     assert found == jpegs | {START + slot: b"\xff\xd8 own %d" % slot for slot in (3, 4)}
     [before] = await keyframes.packed("str_a")
-    assert await keyframes.restore("str_a", HOUR, jpegs)  # nothing is new, nothing is written
+    assert await keyframes.restore("str_a", HOUR, jpegs, "")  # nothing is new, nothing is written
     assert await keyframes.packed("str_a") == [before]
     await keyframes.erase("str_a", START, START + 10)
     assert await keyframes.find("str_a", range(START, START + 20)) == {}

@@ -116,7 +116,7 @@ class Site:
                 tokens = np.zeros((HOUR_SLOTS, *FORMAT.token_shape), FORMAT.numpy_dtype)
                 rows = Hour(slots, tokens, watched(camera, hour), slots * 1000)
                 manifest = await segments.write(source.id, FORMAT, FIRST_HOUR + hour, 1, rows)
-                assert await self._sealed.replace(source.id, FIRST_HOUR + hour, None, manifest, changes="")
+                assert await self._sealed.adopt(source.id, manifest, None)
 
     async def vectors(self, camera: int, hour: int) -> Vectors:
         first = (FIRST_HOUR + hour) * HOUR_SLOTS

@@ -110,7 +110,7 @@ async def measure(server: EmbeddedRedis, folder: Path, hours: int, repeats: int)
         for hour in range(hours):
             assert await timeline.restore(source_id, an_hour(hour), "")
             first = hour * HOUR_SLOTS
-            assert await keyframes.restore(source_id, hour, {first + n: one for n, one in enumerate(pictures)})
+            assert await keyframes.restore(source_id, hour, {first + n: one for n, one in enumerate(pictures)}, "")
         del pictures
         await imports.complete(source_id)
 
