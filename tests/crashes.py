@@ -2,11 +2,12 @@
 
     python -m tests.crashes [--rounds 200] [--seed 1]
 
-A writer appends frames, a sealer moves full hours into segments, an eraser erases ranges and a reader reads, each in a
-process of its own. Every round kills one of them, or Redis, or all at once, with SIGKILL at a random moment, and
-starts it again. The writer writes down what was acknowledged, the eraser what it was told to erase and what was
-acknowledged. Ends with 0 if every acknowledged frame is read back bit for bit unless its erasure had begun, no erased
-frame is found, presence claims nothing that cannot be read, and every segment that counts is whole.
+A writer appends frames, a sealer looks for lost files as the janitor does and moves full hours into segments, an eraser
+erases ranges and a reader reads, each in a process of its own. Every round kills one of them, or Redis, or all at once,
+with SIGKILL at a random moment, and starts it again. The writer writes down what was acknowledged, the eraser what it
+was told to erase and what was acknowledged. Ends with 0 if every acknowledged frame is read back bit for bit unless its
+erasure had begun, no erased frame is found, presence claims nothing that cannot be read, and every segment that counts
+is whole.
 """
 
 import argparse
@@ -26,13 +27,19 @@ from pathlib import Path
 
 import numpy as np
 
+from store.cipher import Cipher
 from store.connection import EmbeddedRedis, StoreRedis, StoreUnavailable, connect
 from store.format import HOUR_SLOTS, TokenFormat
+from store.gaps import Gap
 from store.hot import Entry
 from store.keyframes import Keyframes
 from store.leases import Leases
 from store.memory import Memory
+from store.recovery import Recovery
+from store.rounds import Rounds
 from store.segments import Segments
+from store.source import NewStream, Stream
+from store.sources import Sources
 from store.timeline import StaleEpoch, Timeline
 from tests.test_store_connection import server_pid
 
@@ -73,6 +80,12 @@ class Place:
     def memory(self, redis: StoreRedis) -> Memory:
         return Memory(redis, Segments(self.root), Keyframes(redis, self.root))
 
+    def sources(self, redis: StoreRedis) -> Sources:
+        return Sources(redis, Cipher.open(None, self.log.parent))
+
+    def recovery(self, redis: StoreRedis) -> Recovery:
+        return Recovery(redis, self.sources(redis), self.memory(redis), self.root, Rounds(redis))
+
     def note(self, *facts: object) -> None:
         """Write a line that a kill of this process leaves whole."""
         line = json.dumps(facts).encode() + b"\n"
@@ -110,7 +123,9 @@ async def write(place: Place, redis: StoreRedis) -> None:
 
 async def seal(place: Place, redis: StoreRedis) -> None:
     """Seal every hour again and again, also the one that is still written: so seals and writes meet often."""
-    timeline, keyframes = place.timeline(redis), Keyframes(redis, place.root)
+    timeline, keyframes, recovery = place.timeline(redis), Keyframes(redis, place.root), place.recovery(redis)
+    await recovery.begin()
+    await recovery.go_on()
     while True:
         for hour in await timeline.hot_hours(SOURCE):
             await timeline.seal(SOURCE, hour)
@@ -136,6 +151,8 @@ async def erase(place: Place, redis: StoreRedis) -> None:
         end = min(start + chance.randint(1, 2 * HOUR_SLOTS), extent[1] - HOUR_SLOTS)
         if start < end:
             place.note("begin", start, end)
+            gap = Gap(start_slot=start, end_slot=end, reason="erased")
+            await place.sources(redis).add_gaps(SOURCE, None, [gap])
             await memory.erase(SOURCE, start, end)
             place.note("done", start, end)
 
@@ -195,6 +212,7 @@ class Crashes:
         with ExitStack() as stack:
             server = stack.enter_context(EmbeddedRedis.start(self.folder))
             self._url = server.url
+            asyncio.run(self._register())
             stack.callback(self._end)
             self._start(ROLES)
             for number in range(rounds):
@@ -208,6 +226,12 @@ class Crashes:
             time.sleep(1.0)
             self._end()
             return asyncio.run(self._verdict())
+
+    async def _register(self) -> None:
+        async with connect(self._url) as redis:
+            new = NewStream(name="crash", url="rtsp://camera/crash", enabled=False).model_dump(exclude={"password"})
+            stream = Stream(id=SOURCE, has_password=False, created_at=0, **new)
+            assert await self.place("write").sources(redis).restore(stream)
 
     def _gets_on(self) -> bool:
         """Wait for the next acknowledgement: on a busy machine processes would die before they have done anything."""
