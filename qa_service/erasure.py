@@ -1,5 +1,6 @@
 """Erasure of memory, with a receipt."""
 
+import asyncio
 import logging
 import time
 from uuid import uuid4
@@ -12,7 +13,7 @@ from qa_service.memory_schemas import ErasedCounts, ErasureReceipt
 from store.erasures import FOLLOW_EVERY_S
 from store.gaps import Gap
 from store.leases import Leases
-from store.memory import Memory
+from store.memory import Erased, Memory
 from store.source import Source, Stream, Video
 from store.sources import Sources
 
@@ -29,6 +30,7 @@ class Erasure:
         self._sources = sources
         self._leases = leases
         self._memory = memory
+        self._running: set[asyncio.Task[Erased]] = set()
 
     async def erase(self, caller: Caller, source_id: str, start: str | None, end: str | None) -> ErasureReceipt:
         """Erase the slots that begin in [start, end), wherever they are kept; the source itself stays.
@@ -47,8 +49,13 @@ class Erasure:
             await self._leases.revoke(source_id)  # what is on its way is refused; ingest goes on with the next picture
         low = None if start_s is None else clock.first_slot(start_s, source.fps)
         high = None if end_s is None else clock.first_slot(end_s, source.fps)
+        if isinstance(source, Stream) and source.enabled and high is None and low is not None:
+            high = max(clock.first_slot(self._reader.now(), source.fps), low + 1)  # what comes from now on stays
         await self._note(source, low, high)
-        erased = await self._memory.erase(source_id, low, high)
+        erasing = asyncio.create_task(self._memory.erase(source_id, low, high))
+        self._running.add(erasing)  # the event loop alone would not keep it
+        erasing.add_done_callback(self._running.discard)
+        erased = await asyncio.shield(erasing)  # what was begun is finished, though nobody waits for the receipt
         receipt = ErasureReceipt(
             id=f"era_{uuid4().hex[:12]}",
             source_id=source_id,
@@ -66,10 +73,13 @@ class Erasure:
 
     async def _note(self, source: Source, low: int | None, high: int | None) -> None:
         """Record why the slots will be absent: first, for who erases may die before the end."""
-        extent = await self._reader.extent(source)
+        extent = await self._memory.extent(source.id)
         if extent is None:
             return
-        start = extent[0] if low is None else max(low, extent[0])
-        end = extent[1] + 1 if high is None else min(high, extent[1] + 1)
+        first, behind = extent[0], extent[1] + 1
+        if isinstance(source, Stream) and source.enabled:  # frames on their way are refused, and told by this
+            behind = max(behind, clock.first_slot(self._reader.now(), source.fps))
+        start = first if low is None else max(low, first)
+        end = behind if high is None else min(high, behind)
         if start < end:
             await self._sources.add_gaps(source.id, None, [Gap(start_slot=start, end_slot=end, reason="erased")])

@@ -1,6 +1,7 @@
 """Erasing a time of a source: a receipt, a reason in every later answer, and not one byte left."""
 
 import asyncio
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,10 @@ from redis.exceptions import NoPermissionError
 from qa_service.clock import write_stream_time
 from store.erasures import Erasures
 from store.format import HOUR_SLOTS
+from store.hot import Entry
+from store.keyframes import Keyframes
+from store.leases import Leases
+from store.timeline import Timeline
 from tests.ingest_parts import until
 from tests.qa_parts import Parts, open_parts
 from tests.test_api_streams import code
@@ -129,6 +134,55 @@ async def test_frames_on_their_way_do_not_come_back(parts: Parts, client):
     assert epoch is not None
     await client.delete(f"/v1/sources/{stream.id}/memory")
     assert await parts.writer._leases.stale({stream.id: epoch}) == {stream.id}
+
+
+async def test_up_to_now_is_told_as_erased_for_frames_on_their_way_are_refused(parts: Parts, client):
+    stream, base = await parts.stream(range(3))
+    await client.delete(f"/v1/sources/{stream.id}/memory", params={"start": write_stream_time(base + 1)})
+    [gap] = await parts.sources.gaps(stream.id, base, 1 << 40)
+    assert (gap.reason, gap.start_slot) == ("erased", base + 1)
+    assert gap.end_slot == pytest.approx(parts.now, abs=2)
+    await parts.sources.update_stream(stream.id, enabled=False)
+    await client.delete(f"/v1/sources/{stream.id}/memory")
+    [gap] = [gap for gap in await parts.sources.gaps(stream.id, 0, 1 << 40) if gap.reason == "erased"]
+    assert gap.start_slot == base
+
+
+async def test_what_only_another_model_saw_is_erased_and_told(parts: Parts, client):
+    stream, base = await parts.stream(range(9))
+    other = Timeline(parts.redis, parts.timeline.format.model_copy(update={"fingerprint": "f" * 16}), parts.segments)
+    seen = await parts.timeline.read(stream.id, np.arange(base, base + 9))
+    vectors = await parts.timeline.vectors(stream.id, np.arange(base, base + 9))
+    epoch = await Leases(parts.redis).acquire(stream.id, "other", 60)
+    assert epoch is not None
+    await other.append(stream.id, epoch, [Entry(base + n, 1000 * (base + n), seen[n], vectors[n]) for n in range(9)])
+    await parts.timeline.erase(stream.id)
+    times = {"start": write_stream_time(base + 2), "end": write_stream_time(base + 5)}
+    receipt = (await client.delete(f"/v1/sources/{stream.id}/memory", params=times)).json()
+    assert receipt["erased"]["redis_frames"] == 3
+    told = (await client.get(f"/v1/sources/{stream.id}/timeline", params={**times, "resolution_s": 60})).json()
+    assert told["gaps"] == [{**times, "reason": "erased"}]
+
+
+async def test_an_erasure_for_whose_receipt_nobody_waits_is_finished(parts: Parts, client, monkeypatch):
+    video = await parts.video(range(30), duration_s=30)
+    erase, begun, may_go_on = Keyframes.erase, asyncio.Event(), asyncio.Event()
+
+    async def slow(self: Keyframes, *about: object) -> int:
+        begun.set()
+        await may_go_on.wait()
+        return await erase(self, *about)
+
+    monkeypatch.setattr(Keyframes, "erase", slow)
+    erasing = asyncio.create_task(client.delete(f"/v1/sources/{video.id}/memory"))
+    await begun.wait()
+    erasing.cancel()
+    with suppress(asyncio.CancelledError):
+        await erasing
+    may_go_on.set()
+    async with asyncio.timeout(20):
+        while await parts.keyframes.hours(video.id):  # noqa: ASYNC110 - it is in Redis
+            await asyncio.sleep(0.02)
 
 
 @pytest.mark.parametrize(
