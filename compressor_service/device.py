@@ -7,12 +7,14 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+from store.threads import in_thread
+
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
 
 class Device:
-    """Runs work in threads, each piece alone: it takes the whole device."""
+    """Runs work in threads, each piece alone: it takes the whole device, until its thread ends."""
 
     def __init__(self) -> None:
         self._one = asyncio.Lock()
@@ -29,7 +31,7 @@ class Device:
         self._idle.clear()
         try:
             async with self._one:
-                return await self._in_thread(work, *args, **kwargs)
+                return await in_thread(self._watched, partial(work, *args, **kwargs))
         finally:
             self._wanted -= 1
             if self._wanted == 0:
@@ -43,22 +45,12 @@ class Device:
             await self._idle.wait()
             async with self._one:
                 if self._idle.is_set():
-                    return await self._in_thread(work, *args, **kwargs)
+                    return await in_thread(self._watched, partial(work, *args, **kwargs))
 
     def check_health(self) -> None:
         """Raise the error after which no work can be trusted, if there was one."""
         if self._failure is not None:
             raise self._failure
-
-    async def _in_thread(
-        self, work: Callable[_Arguments, _Result], *args: _Arguments.args, **kwargs: _Arguments.kwargs
-    ) -> _Result:
-        running = asyncio.create_task(asyncio.to_thread(self._watched, partial(work, *args, **kwargs)))
-        try:
-            return await asyncio.shield(running)
-        except asyncio.CancelledError:
-            await asyncio.wait([running])  # nobody can stop a thread: until it ends the device is taken
-            raise
 
     def _watched(self, work: Callable[[], _Result]) -> _Result:
         try:
