@@ -1,13 +1,12 @@
 """Pictures to what the vision tower reads. No torchvision: it has no build without CUDA for every platform."""
 
-import io
-
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from compressor_service.facts import BadPicture
+from compressor_service.pictures import opened
 
 # Of CLIP, by colour channel.
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
@@ -40,10 +39,7 @@ def _normalised(picture: Image.Image) -> Tensor:
 
 
 def _decode(picture: bytes) -> Image.Image:
-    try:
-        with Image.open(io.BytesIO(picture), formats=_FORMATS) as opened:
-            if opened.width * opened.height > _MAX_PIXELS:
-                raise BadPicture(f"the picture has {opened.width} x {opened.height} pixels, {_MAX_PIXELS} are allowed")
-            return opened.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadPicture(f"the bytes are no whole {', '.join(_FORMATS)} picture") from error
+    with opened(picture, _FORMATS) as found:
+        if found.width * found.height > _MAX_PIXELS:
+            raise BadPicture(f"the picture has {found.width} x {found.height} pixels, {_MAX_PIXELS} are allowed")
+        return found.convert("RGB")

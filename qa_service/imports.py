@@ -1,7 +1,6 @@
 """Import: the memory of a source that another service exported, hour by hour, and not seen before all is there."""
 
 import asyncio
-import io
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
@@ -9,8 +8,8 @@ from pathlib import Path
 from typing import TypeVar
 from uuid import uuid4
 
-from PIL import Image
-
+from compressor_service.facts import BadPicture
+from compressor_service.pictures import MAX_REPEATS, opened
 from qa_service import clock
 from qa_service.errors import DamagedExport, FileTooLarge, ModelMismatch, StateConflict, StreamTaken
 from qa_service.keys import Caller
@@ -171,7 +170,10 @@ class Importer:
         jpegs = read_keyframes(content, hour)
         for slot, jpeg in jpegs.items():
             if not _is_keyframe(jpeg, self._side_px):
-                raise DamagedHour(f"the keyframe of slot {slot} is no JPEG of {self._side_px} x {self._side_px} pixels")
+                raise DamagedHour(
+                    f"the keyframe of slot {slot} is no JPEG of {self._side_px} x {self._side_px} pixels in colour, "
+                    f"of at most {_max_keyframe_bytes(self._side_px)} bytes and {MAX_REPEATS} scans"
+                )
         return jpegs
 
 
@@ -185,15 +187,22 @@ async def _read(read: Callable[[], T]) -> T:
 
 def _is_keyframe(jpeg: bytes, side_px: int) -> bool:
     """Read a picture to its end: what is kept can be decoded whenever a question needs it."""
+    if len(jpeg) > _max_keyframe_bytes(side_px):
+        return False
     try:
-        with Image.open(io.BytesIO(jpeg), formats=("JPEG",)) as picture:
+        with opened(jpeg, ("JPEG",)) as picture:
             if picture.size != (side_px, side_px) or picture.mode != "RGB":
                 return False
             picture.draft("RGB", (1, 1))  # every bit is read, but an eighth of the size is computed, which is quicker
             picture.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except BadPicture:
         return False
     return True
+
+
+def _max_keyframe_bytes(side_px: int) -> int:
+    """Return how many bytes a keyframe has at most: ingest makes less of noise than it has unpacked."""
+    return 3 * side_px**2 + (64 << 10)
 
 
 def _require_format(theirs: TokenFormat, ours: TokenFormat) -> None:

@@ -368,6 +368,20 @@ def bomb(parts: Parts) -> bytes:
     return whole[:at] + b"\xff\xff\xff\xff" + whole[at + 4 :]
 
 
+def repeated_scan(parts: Parts) -> bytes:
+    """A progressive JPEG whose last scan is said a hundred times more."""
+    file, side = io.BytesIO(), parts.encoder.input_size_px
+    Image.new("RGB", (side, side)).save(file, "JPEG", progressive=True)
+    whole = file.getvalue()
+    return whole[:-2] + whole[whole.rindex(b"\xff\xda") : -2] * 100 + whole[-2:]
+
+
+def filled(parts: Parts) -> bytes:
+    """A JPEG with more bytes than its pixels can fill."""
+    side = parts.encoder.input_size_px
+    return picture(side) + bytes(3 * side**2 + (64 << 10))
+
+
 def packed(jpegs: dict[int, bytes], ends: list[int]) -> bytes:
     slots = np.array(sorted(jpegs), np.int32)
     content = np.frombuffer(b"".join(jpegs[slot] for slot in slots.tolist()), np.uint8)
@@ -382,6 +396,8 @@ BAD_KEYFRAMES: dict[str, Forge] = {
     "another size": lambda parts: write_keyframes(0, {10: picture(8)}),
     "grey": lambda parts: write_keyframes(0, {10: picture(parts.encoder.input_size_px, mode="L")}),
     "a picture that unfolds to 4 gigapixels": lambda parts: write_keyframes(0, {10: bomb(parts)}),
+    "a picture that is looked over a hundred times": lambda parts: write_keyframes(0, {10: repeated_scan(parts)}),
+    "a picture with more bytes than any": lambda parts: write_keyframes(0, {10: filled(parts)}),
     "one of a frame that did not come": lambda parts: write_keyframes(0, {13: picture(parts.encoder.input_size_px)}),
     "one outside of what is imported": lambda parts: write_keyframes(0, {40: picture(parts.encoder.input_size_px)}),
     "an end behind the end": lambda parts: packed({10: b"abc", 11: b"def"}, [3, 7]),

@@ -112,8 +112,22 @@ def test_pictures_of_other_colours_are_read(mode):
     assert pixels(target.getvalue(), image_size=112, ratio=1).shape == (1, 3, 112, 112)
 
 
+def cut_header(png):
+    """A PNG whose first chunk is said to have less bytes than its size needs."""
+    return png[:8] + b"\0\0\0\5" + png[12:]
+
+
 @pytest.mark.parametrize(
-    "broken", [b"", b"no picture", jpeg(1)[:400], jpeg(1, kind="GIF"), b"\xff\xd8\xff" + bytes(100)], ids=range(5)
+    "broken",
+    [
+        b"",
+        b"no picture",
+        jpeg(1)[:400],
+        jpeg(1, kind="GIF"),
+        b"\xff\xd8\xff" + bytes(100),
+        cut_header(jpeg(1, kind="PNG")),
+    ],
+    ids=range(6),
 )
 def test_bytes_that_are_no_whole_picture_are_refused(broken):
     with pytest.raises(BadPicture):
@@ -125,6 +139,69 @@ def test_a_small_file_of_a_giant_picture_is_refused_before_it_is_unpacked():
     Image.new("1", (9000, 9000)).save(target, "PNG")
     with pytest.raises(BadPicture, match="9000 x 9000"):
         pixels(target.getvalue(), image_size=112, ratio=1)
+
+
+def saved(mode="RGB", kind="JPEG", **options):
+    target = io.BytesIO()
+    picture(1).convert(mode).save(target, kind, **options)
+    return target.getvalue()
+
+
+def repeated_scan(times):
+    """A progressive JPEG whose last scan is said so many times more."""
+    whole = saved(progressive=True)
+    last = whole[whole.rindex(b"\xff\xda") : -2]
+    return whole[:-2] + last * times + whole[-2:]
+
+
+def repeated_exif(times):
+    return jpeg(1)[:2] + b"\xff\xe1\0\x0aExif\0\0MM" * times + jpeg(1)[2:]
+
+
+def repeated_profile(times):
+    whole = saved(kind="PNG", icc_profile=b"a profile")
+    at = whole.index(b"iCCP") - 4
+    end = at + 12 + int.from_bytes(whole[at : at + 4])
+    return whole[:at] + whole[at:end] * times + whole[end:]
+
+
+@pytest.mark.parametrize("repeated", [repeated_scan, repeated_exif, repeated_profile])
+def test_a_small_picture_that_repeats_what_is_work_again_and_again_is_refused_before_it_is_decoded(repeated):
+    assert pixels(repeated(10), image_size=112, ratio=1).shape == (1, 3, 112, 112)
+    with pytest.raises(BadPicture, match="more than 100 times"):
+        pixels(repeated(101), image_size=112, ratio=1)
+
+
+def with_thumbnail(**options):
+    """A JPEG whose EXIF holds another one."""
+    exif = Image.Exif()
+    exif[0x010E] = saved(progressive=True)
+    return saved(exif=exif, **options)
+
+
+def not_packed():
+    """A PNG of yellow, whose pixels are the bytes with which a scan of a JPEG begins."""
+    target = io.BytesIO()
+    Image.new("RGB", (112, 112), (0xFF, 0xDA, 0)).save(target, "PNG", compress_level=0)
+    return target.getvalue()
+
+
+ORDINARY = {
+    "progressive": saved(progressive=True),
+    "grey and progressive": saved("L", progressive=True),
+    "CMYK and progressive": saved("CMYK", progressive=True),
+    "of a scan with restarts": saved(restart_marker_blocks=1),
+    "with a thumbnail": with_thumbnail(),
+    "progressive with a thumbnail": with_thumbnail(progressive=True),
+    "with a profile": saved(icc_profile=np.random.default_rng(1).bytes(500_000)),
+    "a film behind it": saved() + np.random.default_rng(1).bytes(8 << 20),
+    "PNG that is not packed": not_packed(),
+}
+
+
+@pytest.mark.parametrize("kind", ORDINARY)
+def test_ordinary_pictures_are_read(kind):
+    assert pixels(ORDINARY[kind], image_size=112, ratio=1).shape == (1, 3, 112, 112)
 
 
 def test_the_encoder_gives_what_the_model_gives(folder, encoder):
