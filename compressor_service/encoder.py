@@ -18,7 +18,7 @@ from store.format import TokenFormat
 
 
 class Encoder:
-    """Looks at keyframes with one model. Not for several threads at once: a pass uses the whole device."""
+    """Looks at keyframes with one model. Only `decode` may run in several threads: a pass uses the whole device."""
 
     def __init__(self, model: LlavaMini, *, name: str, format: TokenFormat, text: SearchText | None) -> None:
         self.format = format
@@ -98,9 +98,13 @@ class Encoder:
 
     def embed_image(self, pictures: Sequence[bytes]) -> NDArray[np.float32]:
         """Return unit vectors (n, P) of JPEG, PNG or WebP pictures of any size. Raises BadPicture."""
+        return self.embed_decoded([self.decode(picture) for picture in pictures])
+
+    def embed_decoded(self, pictures: Sequence[Tensor]) -> NDArray[np.float32]:
+        """Like `embed_image`, of what `decode` returned."""
         if not pictures:
             return np.empty((0, self.format.vector_width), np.float32)
-        return self.encode(pictures)[1]
+        return self.encode_decoded(pictures)[1]
 
 
 def _format(model: LlavaMini, checkpoint: Checkpoint, dtype: Dtype) -> TokenFormat:

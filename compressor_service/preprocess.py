@@ -11,7 +11,7 @@ from compressor_service.pictures import opened
 # Of CLIP, by colour channel.
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
-_MAX_PIXELS = 64_000_000  # larger than any camera's picture: beyond it a small file could fill the memory
+_MAX_PIXELS = 36_000_000  # an 8K picture has 35 million; beyond it a small file could fill the memory
 _FORMATS = ("JPEG", "PNG", "WEBP")
 
 
@@ -42,4 +42,5 @@ def _decode(picture: bytes) -> Image.Image:
     with opened(picture, _FORMATS) as found:
         if found.width * found.height > _MAX_PIXELS:
             raise BadPicture(f"the picture has {found.width} x {found.height} pixels, {_MAX_PIXELS} are allowed")
-        return found.convert("RGB")
+        found.load()
+        return found if found.mode == "RGB" else found.convert("RGB")  # it copies what is RGB

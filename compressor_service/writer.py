@@ -20,9 +20,12 @@ from store.hot import Entry, FrameNotKept
 from store.keyframes import Keyframes
 from store.leases import Leases
 from store.room import Room
+from store.threads import in_thread
 from store.timeline import Timeline
 
 _log = logging.getLogger(__name__)
+
+PICTURES_AT_ONCE = 2  # that users send and that are decoded; each may need half a GB for a moment
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,7 @@ class FrameWriter:
         self._room = room
         self._frames_per_pass = frames_per_pass
         self._device = Device()
+        self._decoding = asyncio.Semaphore(PICTURES_AT_ONCE)
 
     async def put(self, requests: Sequence[Sequence[Frame]]) -> list[Receipt]:
         """Keep the frames of several requests; they are durable on return.
@@ -137,8 +141,13 @@ class FrameWriter:
         return await self._device.run(self._encoder.embed_text, texts)
 
     async def embed_image(self, pictures: Sequence[bytes]) -> NDArray[np.float32]:
-        """Return unit vectors (n, P). Raises BadPicture."""
-        return await self._device.run(self._encoder.embed_image, pictures)
+        """Return unit vectors (n, P). Raises BadPicture.
+
+        Pictures that users send may be large: they are decoded beside the device, so that no live frame waits for them.
+        """
+        async with self._decoding:
+            decoded = [await in_thread(self._encoder.decode, picture) for picture in pictures]
+        return await self._device.run(self._encoder.embed_decoded, decoded)
 
     def check_health(self) -> None:
         """Raise the error of the device after which no pass can be trusted, if there was one."""

@@ -3,6 +3,7 @@
 import asyncio
 import io
 import logging
+import threading
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from compressor_service.facts import BadPicture, SearchUnavailable
 from compressor_service.llava_mini import LlavaMini
 from compressor_service.preprocess import pixels
 from compressor_service.settings import CompressorSettings
-from compressor_service.writer import FrameWriter
+from compressor_service.writer import PICTURES_AT_ONCE, FrameWriter
 from ingest.frame import Frame, Receipt
 from store.counters import Counters
 from store.gaps import Gap, Gaps
@@ -25,6 +26,7 @@ from store.leases import Leases
 from store.room import Room
 from store.segments import Segments
 from store.timeline import Timeline
+from tests.ingest_parts import until
 from tests.reference import make_checkpoint
 from tests.untrained import write_untrained_checkpoint
 
@@ -136,8 +138,8 @@ def test_bytes_that_are_no_whole_picture_are_refused(broken):
 
 def test_a_small_file_of_a_giant_picture_is_refused_before_it_is_unpacked():
     target = io.BytesIO()
-    Image.new("1", (9000, 9000)).save(target, "PNG")
-    with pytest.raises(BadPicture, match="9000 x 9000"):
+    Image.new("1", (6001, 6000)).save(target, "PNG")
+    with pytest.raises(BadPicture, match="6001 x 6000"):
         pixels(target.getvalue(), image_size=112, ratio=1)
 
 
@@ -354,6 +356,33 @@ async def test_many_callers_at_once_get_their_own_results(redis, encoder, writer
     np.testing.assert_allclose(texts, encoder.embed_text(["a red car"]), atol=1e-6)
     np.testing.assert_allclose(fused_once, encoder.embed_image([jpeg(3)]), atol=1e-6)
     writer.check_health()
+
+
+async def test_live_frames_do_not_wait_for_a_picture_that_somebody_sent_and_few_are_decoded_at_once(
+    redis, encoder, writer, monkeypatch
+):
+    epoch = await lease(redis, "str_f")
+    decode, sent, begun, may_end = encoder.decode, jpeg(99), [], threading.Event()
+
+    def slow(one: bytes) -> torch.Tensor:
+        if one == sent:
+            begun.append(one)
+            assert may_end.wait(60)
+        return decode(one)
+
+    monkeypatch.setattr(encoder, "decode", slow)
+    searches = [asyncio.create_task(writer.embed_image([sent])) for _ in range(PICTURES_AT_ONCE + 1)]
+    try:
+        await until(lambda: len(begun) == PICTURES_AT_ONCE)
+        async with asyncio.timeout(10):
+            assert await writer.put([[frame("str_f", 1, epoch)]]) == [Receipt()]
+        assert len(begun) == PICTURES_AT_ONCE
+    finally:
+        may_end.set()
+        found = await asyncio.gather(*searches)
+    assert len(begun) == len(searches)
+    np.testing.assert_allclose(np.concatenate(found), encoder.embed_image([sent] * len(searches)), atol=1e-6)
+    assert (await writer.embed_image([])).shape == (0, 48)
 
 
 async def test_late_frames_of_a_purged_source_leave_nothing_behind(redis, writer, timeline, keyframes, tmp_path):
