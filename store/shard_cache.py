@@ -27,40 +27,52 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
+class _Marks:
+    """What tells of an hour whether a frame of it may have changed: its segment, and the marks of its hot blocks."""
+
+    file: str
+    hot: Mapping[int, str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Content:
+    """What an hour consists of: slots (n,), their marks, and whether it is to be held as exact."""
+
+    slots: NDArray[np.int64]
+    marks: _Marks
+    is_exact: bool
+
+
+@dataclass(frozen=True, slots=True)
 class _Held:
-    """A shard, and how its hour stood before the shard was made; `marks` are those of its hot blocks, by block."""
+    """A shard, how its hour stood before the shard was made, and what its marks were then."""
 
     shard: Shard
     state: HourState
-    marks: Mapping[int, str]
+    marks: _Marks
 
     def is_good(self, state: HourState) -> bool:
         """Return whether the shard shows the hour as it stood at `state`, or later."""
         known = self.state
         return known.look >= state.look or (known.file == state.file and known.mark == state.mark)
 
-    def is_known(self, slots: NDArray[np.int64], marks: Mapping[int, str]) -> NDArray[np.bool_]:
-        """Return which of the slots (n,) are here as they are now: those of a block that was written to may not be.
+    def is_known(self, content: _Content) -> NDArray[np.bool_]:
+        """Return which slots (n,) of a content of the hour are here as they are now.
 
-        A block that is not hot any more counts as sealed the way it was last seen: that is long after its last frame.
+        Those of a block whose mark differs or is gone may not be, nor may any if the segment is another one: a seal
+        takes the marks away, and with them what they would tell of the last writes.
         """
-        changed = [block for block, mark in marks.items() if self.marks.get(block) != mark]
+        slots = content.slots
+        if self.marks.file != content.marks.file:
+            return np.zeros(len(slots), np.bool_)
+        changed = [block for block, _ in self.marks.hot.items() ^ content.marks.hot.items()]
         return np.isin(slots, self.shard.slots) & ~np.isin(slots // BLOCK_SLOTS, changed)
 
-    def is_still(self, file: str | None, content: "_Content") -> bool:
-        """Return whether a shard of that content of an hour would be the same."""
-        same_kind = self.state.file == file and self.shard.is_exact == content.is_exact
+    def is_still(self, content: _Content) -> bool:
+        """Return whether a shard of that content of the hour would be the same."""
+        same_kind = self.shard.is_exact == content.is_exact
         same_slots = np.array_equal(self.shard.slots, content.slots)
-        return same_kind and same_slots and bool(self.is_known(content.slots, content.marks).all())
-
-
-@dataclass(frozen=True, slots=True)
-class _Content:
-    """What an hour consists of: slots (n,), marks of its hot blocks, and whether it is to be held as exact."""
-
-    slots: NDArray[np.int64]
-    marks: Mapping[int, str]
-    is_exact: bool
+        return same_kind and same_slots and bool(self.is_known(content).all())
 
 
 class ShardCache:
@@ -155,7 +167,7 @@ class ShardCache:
             held = self._shards.get(state.key)
             for _ in range(TRIES):
                 content = await self._content(state)
-                if held is not None and held.is_still(state.file, content):
+                if held is not None and held.is_still(content):
                     return self._remember(_Held(held.shard, state, content.marks))
                 try:
                     vectors = await self._vectors(state.source_id, held, content)
@@ -173,19 +185,21 @@ class ShardCache:
         source_id, hour = state.source_id, state.hour
         sealed = [] if state.file is None else await self._timeline.sealed(source_id, hour, hour)
         if sealed and not state.mark:
-            return _Content(sealed[0].slots, {}, is_exact=False)
+            return _Content(sealed[0].slots, _Marks(sealed[0].file, {}), is_exact=False)
         blocks = range(hour * BLOCKS_PER_HOUR, (hour + 1) * BLOCKS_PER_HOUR)
         marks = await self._timeline.marks(source_id, blocks)  # before what they stand for
         slots = await self._timeline.slots(source_id, *span_of(hour))
         is_exact = not sealed or not np.isin(slots, sealed[0].slots).all()
-        return _Content(slots, {block: hot for block, (hot, _) in zip(blocks, marks, strict=True) if hot}, is_exact)
+        hot = {block: mark for block, (mark, _) in zip(blocks, marks, strict=True) if mark}
+        _, file = marks[0]  # as that of each: it is one hour
+        return _Content(slots, _Marks(file, hot), is_exact)
 
     async def _vectors(self, source_id: str, held: _Held | None, content: _Content) -> NDArray[np.float32]:
         """Return the vectors (n, P) of an hour, reading only those that an exact shard does not hold."""
         slots = content.slots
         if held is None or not held.shard.is_exact:
             return await self._timeline.vectors(source_id, slots)
-        is_known = held.is_known(slots, content.marks)
+        is_known = held.is_known(content)
         vectors = np.empty((len(slots), self._timeline.format.vector_width), np.float32)
         vectors[~is_known] = await self._timeline.vectors(source_id, slots[~is_known])
         known = await asyncio.to_thread(held.shard.vectors)

@@ -213,7 +213,7 @@ async def test_the_newest_hours_of_all_sources_are_loaded_as_far_as_they_fit(gat
         assert (await moments.search(direction(1), hour_of(source_id, hour), top_k=1)).partial
 
 
-async def test_an_hour_that_is_sealed_is_rounded_without_reading_it_again(gated, gate):
+async def test_an_hour_that_is_sealed_is_read_once_more_and_rounded(gated, gate):
     stream = await gated.stream("dock")
     await gated.hours(stream, FIRST, sealed=False)
     moments = gated.moments()
@@ -221,9 +221,12 @@ async def test_an_hour_that_is_sealed_is_rounded_without_reading_it_again(gated,
     await loader.load()
     assert moments.nbytes == shard_bytes(FRAMES, WIDTH, is_exact=True)
     assert await gated.timeline.seal(stream, FIRST)
+    GatedFileSystem.reads = 0
+    await loader.load()
+    assert GatedFileSystem.reads == 1
+    assert moments.nbytes == shard_bytes(FRAMES, WIDTH, is_exact=False)
     gate.clear()
     await loader.load()
-    assert moments.nbytes == shard_bytes(FRAMES, WIDTH, is_exact=False)
     assert not (await moments.search(direction(1), hour_of(stream, FIRST), top_k=1)).partial
 
 
@@ -296,9 +299,45 @@ async def test_a_frame_that_is_overwritten_is_found_by_its_new_vector_only(site,
             assert await site.timeline.seal(stream, FIRST)
 
 
-async def test_only_what_was_written_since_is_read_again_of_an_open_hour(site, monkeypatch):
+@pytest.mark.parametrize("sealed", [False, True])
+async def test_a_frame_that_is_overwritten_and_sealed_between_two_searches_is_found_by_its_new_vector_only(
+    site, sealed
+):
     stream = await site.stream("dock")
-    await site.hours(stream, FIRST, sealed=False)
+    await site.hours(stream, FIRST, sealed=sealed)
+    await site.keep(stream, [FIRST * HOUR_SLOTS + 1])  # so that a sealed hour is held as exact, too
+    moments = site.moments()
+    await moments.loader(site.sources).load()
+    slot, other = FIRST * HOUR_SLOTS + 100 * STEP, vector(1)
+    await site.timeline.append(stream, site.epochs[stream], [entry(slot, other)])
+    assert await site.timeline.seal(stream, FIRST)
+    found = await moments.search(other, hour_of(stream, FIRST), top_k=1)
+    assert told(found) == (FRAMES + 1, FRAMES + 1, False)
+    assert (found.moments[0].slot, found.moments[0].score) == (slot, pytest.approx(1, abs=0.02))
+    assert (await moments.search(vector(slot), hour_of(stream, FIRST), top_k=1)).moments[0].score < 0.98
+
+
+async def test_a_late_frame_that_expired_leaves_the_sealed_one_that_it_was_kept_before(site):
+    stream = await site.stream("dock")
+    await site.hours(stream, FIRST)
+    slot, other = FIRST * HOUR_SLOTS + 10 * STEP, vector(1)
+    await site.timeline.append(stream, site.epochs[stream], [entry(slot, other)])
+    await site.keep(stream, [(FIRST + 1) * HOUR_SLOTS - 1])
+    moments = site.moments()
+    assert (await moments.search(other, hour_of(stream, FIRST), top_k=1)).moments[0].score > 0.99
+    await site.timeline.expire(stream, FIRST * HOUR_SLOTS + HOUR_SLOTS // 2)
+    assert (await moments.search(other, hour_of(stream, FIRST), top_k=1)).moments[0].score < 0.98
+    found = await moments.search(vector(slot), hour_of(stream, FIRST), top_k=1)
+    assert (found.moments[0].slot, found.moments[0].score) == (slot, pytest.approx(1, abs=1e-3))
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+async def test_only_what_was_written_since_is_read_again_of_an_hour_of_which_something_is_not_sealed(
+    site, monkeypatch, sealed
+):
+    stream = await site.stream("dock")
+    await site.hours(stream, FIRST, sealed=sealed)
+    await site.keep(stream, [(FIRST + 1) * HOUR_SLOTS - 1])
     moments = site.moments()
     await moments.search(direction(1), hour_of(stream, FIRST), top_k=1)
     read: list[int] = []
@@ -311,7 +350,7 @@ async def test_only_what_was_written_since_is_read_again_of_an_open_hour(site, m
     monkeypatch.setattr(site.timeline, "vectors", watched)
     await site.keep(stream, [FIRST * HOUR_SLOTS + 1])
     found = await moments.search(vector(FIRST * HOUR_SLOTS + 1), hour_of(stream, FIRST), top_k=1)
-    assert told(found) == (FRAMES + 1, FRAMES + 1, False)
+    assert told(found) == (FRAMES + 2, FRAMES + 2, False)
     assert found.moments[0].slot == FIRST * HOUR_SLOTS + 1
     assert read == [FIRST * HOUR_SLOTS + offset for offset in (0, 1, *range(STEP, BLOCK_SLOTS, STEP))]
 
