@@ -89,13 +89,21 @@ class FrameWriter:
         """Write keyframes and tokens; return the sources whose owner was replaced meanwhile."""
         await self._keyframes.put_many({(one.frame.source_id, one.frame.slot): one.frame.keyframe for one in seen})
         lost = await self._timeline.append_many(_by_lease(seen))
-        # Nobody would ever look for the pictures of a source that was purged just now. Where a new owner took over,
-        # they may already be its own.
-        for source_id in await self._leases.unowned(lost):
+        # Nobody would ever look for the pictures of a source that was purged just now, or of a time that was erased.
+        # Where a new owner took over, the others may already be its own.
+        unowned = frozenset(await self._leases.unowned(lost))
+        for source_id in lost:
             for slot in sorted({one.frame.slot for one in seen if one.frame.source_id == source_id}):
-                if not len(await self._timeline.slots(source_id, slot, slot + 1)):
-                    await self._keyframes.erase(source_id, slot, slot + 1)
+                if source_id in unowned or await self._is_erased(source_id, slot):
+                    await self._drop_picture(source_id, slot)
         return lost
+
+    async def _is_erased(self, source_id: str, slot: int) -> bool:
+        return any(gap.reason == "erased" for gap in await self._gaps.read(source_id, slot, slot + 1))
+
+    async def _drop_picture(self, source_id: str, slot: int) -> None:
+        if not len(await self._timeline.slots(source_id, slot, slot + 1)):
+            await self._keyframes.erase(source_id, slot, slot + 1)
 
     async def _note_unreadable(self, frames: Sequence[Frame], seen: Sequence[_Seen], newest: Mapping[str, int]) -> None:
         """Record the slots whose pictures could not be read: to their sender they count as kept."""

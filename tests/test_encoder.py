@@ -23,6 +23,7 @@ from store.gaps import Gap, Gaps
 from store.hot import FrameNotKept
 from store.keyframes import Keyframes
 from store.leases import Leases
+from store.memory import Memory
 from store.room import Room
 from store.segments import Segments
 from store.timeline import Timeline
@@ -413,6 +414,24 @@ async def test_of_purges_in_the_middle_of_a_put_no_keyframe_survives(redis, writ
         with pytest.raises(FrameNotKept):
             await keyframes.get(source_id, 0)
     assert list((tmp_path / "segments").rglob("*.jpg")) == []
+
+
+async def test_of_an_erasure_in_the_middle_of_a_put_no_picture_survives_though_a_new_owner_took_over(
+    redis, writer, timeline, keyframes, monkeypatch
+):
+    epoch, put_many = await lease(redis, "str_a"), keyframes.put_many
+    await writer.put([[frame("str_a", 1, epoch)]])
+
+    async def overtaken(pictures):
+        await Leases(redis).revoke("str_a")
+        await Gaps(redis).add("str_a", None, [Gap(start_slot=0, end_slot=3, reason="erased")])
+        await Memory(redis, SEGMENTS, keyframes).erase("str_a", 0, 3)
+        await lease(redis, "str_a")
+        await put_many(pictures)
+
+    monkeypatch.setattr(keyframes, "put_many", overtaken)
+    assert await writer.put([[frame("str_a", 2, epoch)]]) == [Receipt(lost=frozenset({"str_a"}))]
+    assert await keyframes.find("str_a", [1, 2]) == {}
 
 
 async def steps(count):
