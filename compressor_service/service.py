@@ -37,6 +37,7 @@ class CompressorService:
         settings: CompressorSettings,
         redis_url: str,
         segments_url: str,
+        keyframes_url: str,
         room: Room,
     ) -> None:
         # Here, because every process that names this class imports the module, and only its replicas need torch.
@@ -49,7 +50,7 @@ class CompressorService:
         self._writer = FrameWriter(
             self._encoder,
             Timeline(redis, self._encoder.format, Segments(segments_url)),
-            Keyframes(redis, segments_url),
+            Keyframes(redis, segments_url, keyframes_url),
             Leases(redis),
             Gaps(redis),
             Counters(redis),

@@ -114,6 +114,10 @@ def _segments(settings: Settings) -> Segments:
     return Segments(settings.store.segments_root)
 
 
+def _keyframes(settings: Settings, redis: StoreRedis) -> Keyframes:
+    return Keyframes(redis, settings.store.segments_root, settings.store.keyframes_root)
+
+
 def _checkpoint(settings: Settings) -> str:
     if settings.model.checkpoint is None:
         raise NotConfigured("TOKENLINE_MODEL__CHECKPOINT is not set: name a model that every node reaches")
@@ -216,7 +220,7 @@ class QA:
             model,
             prompt,
             Timeline(redis, facts.format, _segments(settings)),
-            Keyframes(redis, settings.store.segments_root),
+            _keyframes(settings, redis),
             _sources(settings, redis),
             remote,
             remote,
@@ -257,7 +261,7 @@ class Gateway:
         self, settings: Settings, compressor: Handle, search: Handle, qa: Handle, ingest: Handle, janitor: Handle
     ) -> None:
         redis, remote, questions = _redis(settings), RemoteCompressor(compressor), RemoteQuestions(qa)
-        sources, keyframes = _sources(settings, redis), Keyframes(redis, settings.store.segments_root)
+        sources, keyframes = _sources(settings, redis), _keyframes(settings, redis)
         facts = await remote.facts()
         timeline = Timeline(redis, facts.format, _segments(settings))
         reader = RangeReader(timeline, keyframes, sources, live_lag_s=settings.qa.live_lag_s)
@@ -327,7 +331,7 @@ class Caretaker:
     def __init__(self, settings: Settings, compressor: Handle) -> None:
         redis = _redis(settings)
         sources = _sources(settings, redis)
-        memory = Memory(redis, _segments(settings), Keyframes(redis, settings.store.segments_root))
+        memory = Memory(redis, _segments(settings), _keyframes(settings, redis))
         janitor = Janitor(redis, sources, memory, settings.store)
 
         async def recompute() -> None:
@@ -459,6 +463,7 @@ def build(settings: Settings) -> Application:
         settings.compressor,
         redis_url,
         settings.store.segments_root,
+        settings.store.keyframes_root,
         settings.store.room,
     )
     search = deploy(Search, "search", serving.search).bind(settings, compressor)

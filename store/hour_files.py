@@ -108,6 +108,10 @@ class HourFiles:
     def __init__(self, root_url: str) -> None:
         self._files = Files(root_url)
 
+    async def check_writable(self) -> None:
+        """Write and remove a file. Raises StoreFull, or StoreUnavailable with what else stands in the way."""
+        await asyncio.to_thread(self._files.check_writable)
+
     async def remove(self, source_id: str, hour: int, *files: str) -> None:
         """Remove files of an hour, those that are there, and what a crash left of others."""
         await asyncio.to_thread(self._remove, source_id, hour, files)

@@ -32,11 +32,13 @@ _LOST = "the pack {} of {} is lost: restore it, or erase the hour"
 class Keyframes:
     """JPEGs at `<root>/<source>/keyframes/<hour>/<slot>.jpg`, or in packs; file system calls run in threads.
 
+    Those outside of packs may lie under a root of their own: on an object store each would be a request.
     Raises StoreUnavailable when Redis is away, or the folder or the object store cannot be read or written.
     """
 
-    def __init__(self, redis: Redis, root_url: str) -> None:
-        self._files = Files(root_url)
+    def __init__(self, redis: Redis, root_url: str, loose_root_url: str | None = None) -> None:
+        self._are_apart = loose_root_url not in (None, root_url)
+        self._files = Files(loose_root_url or root_url)
         self._packs = Packs(root_url)
         self._packed = PackedHours(redis)
         self._loose = LooseHours(redis)
@@ -209,8 +211,10 @@ class Keyframes:
         return await self._erase(source_id, None, before, before // HOUR_SLOTS * HOUR_SLOTS)
 
     async def check_writable(self) -> None:
-        """Write and remove a file. Raises StoreFull, or StoreUnavailable with what else stands in the way."""
+        """Write and remove files. Raises StoreFull, or StoreUnavailable with what else stands in the way."""
         await asyncio.to_thread(self._files.check_writable)
+        if self._are_apart:
+            await self._packs.check_writable()
 
     async def _read(self, source_id: str, packed: Sequence[Pack], slots: Sequence[int]) -> dict[int, bytes]:
         found: dict[int, bytes] = {}

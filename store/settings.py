@@ -26,6 +26,11 @@ class StoreSettings(BaseModel):
         description="Root of sealed hours and keyframes: a folder, s3://bucket/prefix, gs://... or any fsspec address. "
         "Without one the folder `segments` in the data folder.",
     )
+    keyframes_url: str | None = Field(
+        default=None,
+        description="Root of keyframes whose hour is not over, a file each; later they go into one file beside the "
+        "sealed hour. Without one the root of sealed hours. If that is a bucket, a folder that all nodes share costs less.",
+    )
     secret_key: SecretStr | None = Field(
         default=None,
         description="Fernet key that camera passwords are encrypted with: 32 bytes, url-safe base64. "
@@ -75,10 +80,15 @@ class StoreSettings(BaseModel):
         return self.segments_url if self.segments_url is not None else str(self.data_dir.resolve() / "segments")
 
     @property
+    def keyframes_root(self) -> str:
+        """The fsspec address under which keyframes lie until their hour is over."""
+        return self.segments_root if self.keyframes_url is None else self.keyframes_url
+
+    @property
     def room(self) -> Room:
         """The disks of the data folder and, if they lie on one, of segments and keyframes."""
-        scheme, _, path = self.segments_root.rpartition("://")
-        local = (Path(path),) if scheme in ("", "file", "local") else ()
+        roots = [root.rpartition("://") for root in dict.fromkeys((self.segments_root, self.keyframes_root))]
+        local = [Path(path) for scheme, _, path in roots if scheme in ("", "file", "local")]
         return Room((self.data_dir.resolve(), *local), self.spare_bytes)
 
     @property

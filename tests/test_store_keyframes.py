@@ -1,12 +1,14 @@
 """Keyframes in a local folder and in an object store, by one contract."""
 
 import asyncio
+from uuid import uuid4
 
 import fsspec
 import pytest
 
 from store.cipher import Cipher, WrongKey
 from store.connection import StoreRedis, StoreUnavailable
+from store.files import Files
 from store.hot import FrameNotKept
 from store.keyframes import Keyframes
 from store.loose import LooseHours
@@ -32,6 +34,31 @@ async def test_many_keyframes_go_and_come_in_the_order_asked(keyframes):
     assert await keyframes.get_many("str_b", [1]) == [b"b"]
     assert await keyframes.get_many("str_b", []) == []
     await keyframes.put_many({})
+
+
+async def test_keyframes_of_open_hours_may_lie_in_a_folder_and_packs_in_a_bucket(redis, tmp_path, s3_root):
+    bucket = f"{s3_root}/{uuid4().hex}"
+    keyframes, files = Keyframes(redis, bucket, str(tmp_path)), Files(bucket)
+    slots = [NOON, NOON + 1, NOON + 3600]
+    await keyframes.put_many({("str_a", slot): b"%d" % slot for slot in slots})
+    assert files.tree(bucket) == []
+    assert len(list(tmp_path.rglob("*.jpg"))) == 3
+    assert await keyframes.pack("str_a", NOON // 3600)
+    [pack] = files.tree(bucket)
+    assert pack.startswith(f"str_a/hours/{NOON // 3600}/keyframes-")
+    assert [path.name for path in tmp_path.rglob("*.jpg")] == [f"{NOON + 3600}.jpg"]
+    assert await keyframes.get_many("str_a", slots) == [b"%d" % slot for slot in slots]
+    assert await keyframes.erase("str_a", NOON + 1, NOON + 3601) == 2
+    assert await keyframes.find("str_a", slots) == {NOON: b"%d" % NOON}
+    assert await keyframes.erase("str_a") == 1
+    assert (files.tree(bucket), list(tmp_path.rglob("*"))) == ([], [])
+
+
+async def test_both_roots_have_to_be_writable(redis, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for roots in (("good", "file/bad"), ("file/bad", "good")):
+        with pytest.raises(StoreUnavailable):
+            await Keyframes(redis, *(str(tmp_path / root) for root in roots)).check_writable()
 
 
 async def test_an_absent_keyframe_is_named(keyframes):
