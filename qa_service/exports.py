@@ -2,7 +2,7 @@
 
 import asyncio
 import weakref
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from threading import BoundedSemaphore
 
 from qa_service import clock
@@ -22,14 +22,15 @@ from store.timeline import Timeline
 
 TRIES = 20  # of an hour from which something is erased again and again while it is read
 PIECE_BYTES = 1 << 20
-HOURS_OUT = 4  # that wait for their readers
+HOURS_OUT = 4  # that are put together, wait for that, or are sent
 HOURS_AT_ONCE = 1  # that are put together: an hour of keyframes has some 150 MB
 
 
 class OutgoingHour:
     """The bytes of an hour, in pieces: some proxies hand on whole messages alone.
 
-    It takes one of a few places in memory until nobody holds it any more, however its sending ends. QueueFull.
+    It takes one of a few places in memory until nobody holds it any more, however its sending ends. Raises QueueFull.
+    Behind Ray sending ends early: Ray takes all of the bytes at once, and they lie with it until its proxy has them.
     """
 
     def __init__(self, places: BoundedSemaphore) -> None:
@@ -38,7 +39,8 @@ class OutgoingHour:
         weakref.finalize(self, places.release)
         self.content = b""
 
-    def __iter__(self) -> Iterator[bytes]:
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        # In a thread a plain iterator would be held, once it is read, until garbage is collected.
         for at in range(0, len(self.content), PIECE_BYTES):
             yield self.content[at : at + PIECE_BYTES]
 
@@ -47,7 +49,7 @@ class Exports:
     """Gives out timelines. Raises StreamNotFound, VideoNotFound, SourceForbidden and StoreUnavailable.
 
     Hours go out one by one: behind Ray's proxy a response lies in memory until its reader has all of it. Beyond
-    HOURS_OUT that lie there QueueFull is raised.
+    HOURS_OUT that are put together or sent QueueFull is raised; those that lie with Ray do not count.
     """
 
     def __init__(self, reader: RangeReader, timeline: Timeline, keyframes: Keyframes) -> None:

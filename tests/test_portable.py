@@ -1,5 +1,6 @@
 """A timeline goes from one service to another by a file: over real HTTP, each with a Redis and a folder of its own."""
 
+import gc
 import gzip
 import http.server
 import io
@@ -21,6 +22,7 @@ from deploy.cli import run_command
 from deploy.client import Client
 from deploy.transfer import export_timeline, import_timeline
 from qa_service.clock import write_stream_time
+from qa_service.exports import HOURS_OUT
 from qa_service.settings import ApiSettings
 from store.connection import EmbeddedRedis
 from store.format import HOUR_SLOTS
@@ -262,6 +264,29 @@ def test_tokens_of_another_model_are_refused_with_both_fingerprints(tokenline, h
     assert fingerprints[0] != fingerprints[1]
     assert all(fingerprint in err for fingerprint in fingerprints)
     assert elsewhere.do(elsewhere.parts.sources.everything()) == []
+
+
+@pytest.fixture
+def no_garbage_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def test_hours_that_were_read_make_room_for_the_next(here, video, no_garbage_collection):
+    with httpx.Client(base_url=here.url, timeout=60) as client:
+        for _ in range(3 * HOURS_OUT):
+            for part in ("frames", "keyframes"):
+                assert client.get(f"/v1/sources/{video.id}/export/{part}/0").status_code == 200
+
+
+def test_an_hour_whose_reader_left_makes_room_for_the_next(here, video, no_garbage_collection, monkeypatch):
+    monkeypatch.setattr("qa_service.exports.write_frames", lambda *hour: bytes(16 << 20))  # more than a socket takes
+    with httpx.Client(base_url=here.url, timeout=60) as client:
+        for _ in range(3 * HOURS_OUT):
+            with client.stream("GET", f"/v1/sources/{video.id}/export/frames/0") as half_read:
+                assert half_read.status_code == 200
 
 
 @pytest.fixture(scope="module")
