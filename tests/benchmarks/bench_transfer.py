@@ -112,15 +112,16 @@ async def measure(server: EmbeddedRedis, folder: Path, hours: int, repeats: int)
             first = hour * HOUR_SLOTS
             assert await keyframes.restore(source_id, hour, {first + n: one for n, one in enumerate(pictures)}, "")
         del pictures
-        await imports.complete(source_id)
+        await imports.complete(source_id, end)
 
         async def export(path: Path, with_pictures: bool) -> None:
             told = await exports.describe(ANYONE, source_id, None, None)
             with PortableWriter(path) as file:
                 for hour in told.hours:
-                    file.add_hour(hour, "frames", await exports.frames(ANYONE, source_id, hour, 0, end))
+                    file.add_hour(hour, "frames", (await exports.frames(ANYONE, source_id, hour, 0, end)).content)
                     if with_pictures:
-                        file.add_hour(hour, "keyframes", await exports.keyframes(ANYONE, source_id, hour, 0, end))
+                        jpegs = await exports.keyframes(ANYONE, source_id, hour, 0, end)
+                        file.add_hour(hour, "keyframes", jpegs.content)
                 file.finish(told.model_dump(mode="json"))
 
         async def take(path: Path) -> None:
