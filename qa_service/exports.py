@@ -11,6 +11,7 @@ from qa_service.errors import EmptyRange, QueueFull, StateConflict, inverted
 from qa_service.keys import Caller
 from qa_service.memory_schemas import TimelineExport
 from store.connection import StoreUnavailable
+from store.finish import finish
 from store.format import HOUR_SLOTS
 from store.gaps import Gap
 from store.hot import FrameNotKept
@@ -88,8 +89,7 @@ class Exports:
         start, end = await self._bounds(caller, source_id, hour, start_slot, end_slot)
         outgoing = OutgoingHour(self._places)
         async with self._room:
-            rows = await self._rows(source_id, start, end)
-            outgoing.content = await asyncio.to_thread(write_frames, self._timeline.format, hour, rows)
+            outgoing.content = await finish(self._frames(source_id, hour, start, end))
         return outgoing
 
     async def keyframes(
@@ -97,13 +97,9 @@ class Exports:
     ) -> "OutgoingHour":
         """Return the keyframes of those frames; EmptyRange if none of them is kept."""
         start, end = await self._bounds(caller, source_id, hour, start_slot, end_slot)
-        slots = (await self._timeline.slots(source_id, start, end)).tolist()
         outgoing = OutgoingHour(self._places)
         async with self._room:
-            jpegs = await self._keyframes.find(source_id, slots)
-            if not jpegs:
-                raise _empty(source_id)
-            outgoing.content = await asyncio.to_thread(write_keyframes, hour, jpegs)
+            outgoing.content = await finish(self._pictures(source_id, hour, start, end))
         return outgoing
 
     async def _bounds(
@@ -112,6 +108,17 @@ class Exports:
         caller.require_source(source_id)
         await self._reader.source(source_id)
         return max(start_slot, hour * HOUR_SLOTS), min(end_slot, (hour + 1) * HOUR_SLOTS)
+
+    async def _frames(self, source_id: str, hour: int, start: int, end: int) -> bytes:
+        rows = await self._rows(source_id, start, end)
+        return await asyncio.to_thread(write_frames, self._timeline.format, hour, rows)
+
+    async def _pictures(self, source_id: str, hour: int, start: int, end: int) -> bytes:
+        slots = (await self._timeline.slots(source_id, start, end)).tolist()
+        jpegs = await self._keyframes.find(source_id, slots)
+        if not jpegs:
+            raise _empty(source_id)
+        return await asyncio.to_thread(write_keyframes, hour, jpegs)
 
     async def _rows(self, source_id: str, start: int, end: int) -> Hour:
         for _ in range(TRIES):

@@ -2,10 +2,10 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 from uuid import uuid4
 
 from compressor_service.facts import BadPicture
@@ -24,6 +24,7 @@ from qa_service.memory_schemas import (
 from qa_service.once import Once
 from qa_service.upload import receive_body
 from store.connection import StoreUnavailable
+from store.finish import finish
 from store.format import TokenFormat, span_of
 from store.hour_files import HourFileDamaged
 from store.imports import IDLE_S, ImportedTooMuch, Imports, NewImport
@@ -39,6 +40,8 @@ TRIES = 20
 HOURS_AT_ONCE = 1  # that are in memory, of all imports: an hour of keyframes has some 150 MB
 
 T = TypeVar("T")
+Take = Callable[[Path, NewImport], Coroutine[Any, Any, int]]
+"""Takes in the file of an hour, and returns how many frames or keyframes it had."""
 
 
 class Importer:
@@ -88,31 +91,31 @@ class Importer:
 
     async def frames(self, caller: Caller, source_id: str, hour: int, chunks: AsyncIterator[bytes]) -> ImportedHour:
         """Take the frames of an hour. Raises DamagedExport, FileTooLarge and StorageFull."""
-        limit = min(self._max_hour_bytes, max_frames_bytes(self._timeline.format))
         as_of = await self._timeline.as_of(source_id)  # an import that was given up must not come back
-        async with self._received(caller, source_id, chunks, limit) as (content, new):
-            rows = await _read(lambda: read_frames(content(), self._timeline.format, hour))
+
+        async def take(file: Path, new: NewImport) -> int:
+            rows = await _read(lambda: read_frames(file.read_bytes(), self._timeline.format, hour))
             _require_within(new, hour, int(rows.slots[0]), int(rows.slots[-1]))
-            for _ in range(TRIES):
-                await self._imports.go_on(source_id)
-                if await self._timeline.restore(source_id, rows, as_of):
-                    return ImportedHour(frames=len(rows.slots))
-        raise StoreUnavailable(f"hour {hour} of {source_id} changes all the time; send it again")
+            await self._keep(source_id, hour, lambda: self._timeline.restore(source_id, rows, as_of))
+            return len(rows.slots)
+
+        limit = min(self._max_hour_bytes, max_frames_bytes(self._timeline.format))
+        return await self._received(caller, source_id, chunks, limit, take)
 
     async def keyframes(self, caller: Caller, source_id: str, hour: int, chunks: AsyncIterator[bytes]) -> ImportedHour:
         """Take the keyframes of an hour, behind its frames. Raises as `frames` does."""
         as_of = await self._timeline.as_of(source_id)
-        async with self._received(caller, source_id, chunks, self._max_hour_bytes) as (content, new):
-            jpegs = await _read(lambda: self._pictures(content(), hour))
+
+        async def take(file: Path, new: NewImport) -> int:
+            jpegs = await _read(lambda: self._pictures(file.read_bytes(), hour))
             _require_within(new, hour, min(jpegs), max(jpegs))
             kept = await self._timeline.slots(source_id, *span_of(hour))
             if not jpegs.keys() <= set(kept.tolist()):
                 raise DamagedExport("The hour has keyframes of frames that did not come.")
-            for _ in range(TRIES):
-                await self._imports.go_on(source_id)
-                if await self._keyframes.restore(source_id, hour, jpegs, as_of):
-                    return ImportedHour(frames=len(jpegs))
-        raise StoreUnavailable(f"hour {hour} of {source_id} changes all the time; send it again")
+            await self._keep(source_id, hour, lambda: self._keyframes.restore(source_id, hour, jpegs, as_of))
+            return len(jpegs)
+
+        return await self._received(caller, source_id, chunks, self._max_hour_bytes, take)
 
     async def complete(self, caller: Caller, source_id: str, sent: ImportCompletion) -> ImportDone:
         """Let everyone see the source. Raises StateConflict if frames are missing, and StreamTaken.
@@ -142,16 +145,15 @@ class Importer:
         await self._imports.abandon(source_id)
         return ImportAbandoned(id=source_id)
 
-    @asynccontextmanager
     async def _received(
-        self, caller: Caller, source_id: str, chunks: AsyncIterator[bytes], max_bytes: int
-    ) -> AsyncIterator[tuple[Callable[[], bytes], NewImport]]:
-        """Take a body to disk, where many may wait, and yield what reads it once there is room in memory."""
+        self, caller: Caller, source_id: str, chunks: AsyncIterator[bytes], max_bytes: int, take: Take
+    ) -> ImportedHour:
+        """Receive a body onto the disk, where many may wait, and let it be taken in once there is room in memory."""
         caller.require_new_sources()
         await self._imports.go_on(source_id)
-        target = self._folder / f"{uuid4().hex}.import"
+        file = self._folder / f"{uuid4().hex}.import"
         try:
-            size = await receive_body(chunks, target, max_bytes, self._disk)
+            size = await receive_body(chunks, file, max_bytes, self._disk)
             async with self._room:
                 try:
                     new = await self._imports.go_on(source_id, size, self._max_bytes)
@@ -159,11 +161,19 @@ class Importer:
                     raise FileTooLarge(
                         f"An import has at most {self._max_bytes} bytes here.", details={"max_bytes": self._max_bytes}
                     ) from None
-                yield target.read_bytes, new
+                return ImportedHour(frames=await finish(take(file, new)))
         except HourFileDamaged as error:
             raise StoreUnavailable(f"an hour does not read back as it was written: {error}") from None
         finally:
-            await asyncio.to_thread(target.unlink, missing_ok=True)
+            await asyncio.to_thread(file.unlink, missing_ok=True)
+
+    async def _keep(self, source_id: str, hour: int, restore: Callable[[], Awaitable[bool]]) -> None:
+        """Add to an hour until it has not changed meanwhile."""
+        for _ in range(TRIES):
+            await self._imports.go_on(source_id)
+            if await restore():
+                return
+        raise StoreUnavailable(f"hour {hour} of {source_id} changes all the time; send it again")
 
     def _pictures(self, content: bytes, hour: int) -> Mapping[int, bytes]:
         """Raises DamagedHour."""

@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import struct
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from qa_service import exports, imports
 from qa_service.coverage import RangeReader
 from qa_service.errors import QueueFull
 from qa_service.exports import HOURS_OUT, Exports
@@ -28,7 +30,9 @@ from store.hour_files import serialized
 from store.imports import _key
 from store.janitor import Janitor
 from store.memory import Memory
+from store.packs import Packs
 from store.portable import read_frames, write_keyframes
+from store.segments import Segments
 from store.settings import StoreSettings
 from tests.qa_parts import Parts, keyframe, open_parts
 from tests.test_api_streams import code
@@ -177,6 +181,46 @@ async def test_hours_that_nobody_reads_are_few(parts):
         await ask()
     sent = [len(piece) async for piece in out.pop()]
     assert sent == [len(piece) async for piece in await ask()]
+
+
+@pytest.mark.parametrize(
+    ("method", "part", "place", "name"),
+    [
+        ("GET", "frames", exports, "write_frames"),
+        ("GET", "keyframes", Packs, "_read"),
+        ("PUT", "frames", imports, "read_frames"),
+        ("PUT", "frames", Segments, "_write"),
+    ],
+)
+async def test_who_is_cancelled_gives_up_the_room_of_an_hour_when_its_thread_has_ended(
+    parts, client, exported, monkeypatch, method, part, place, name
+):
+    video = await parts.video(SLOTS, duration_s=30)
+    assert await parts.keyframes.pack(video.id, 0)
+    path = f"/v1/sources/{video.id}/export/{part}/0"
+    if method == "PUT":
+        path = f"/v1/imports/{await begun(client, exported.contents)}/{part}/0"
+    begins, may_end, at_work, work = threading.Event(), threading.Event(), [], getattr(place, name)
+
+    def held_up(*arguments: Any) -> Any:
+        at_work.append(name)
+        begins.set()
+        assert may_end.wait(60)
+        return work(*arguments)
+
+    monkeypatch.setattr(place, name, held_up)
+    first, second = (asyncio.create_task(client.request(method, path, content=exported.frames)) for _ in range(2))
+    try:
+        assert await asyncio.to_thread(begins.wait, 60)
+        for _ in range(2):
+            first.cancel()
+            await asyncio.sleep(0.05)
+        assert at_work == [name]
+    finally:
+        may_end.set()
+    assert (await second).status_code == 200
+    with pytest.raises(asyncio.CancelledError):
+        await first
 
 
 async def test_an_import_of_which_something_is_missing_is_not_completed(client, exported):

@@ -281,6 +281,14 @@ def test_hours_that_were_read_make_room_for_the_next(here, video, no_garbage_col
                 assert client.get(f"/v1/sources/{video.id}/export/{part}/0").status_code == 200
 
 
+def test_hours_that_hold_nothing_take_no_room(here, video, no_garbage_collection):
+    with httpx.Client(base_url=here.url, timeout=60) as client:
+        for part in ("frames", "keyframes"):
+            for _ in range(3 * HOURS_OUT):
+                answer = client.get(f"/v1/sources/{video.id}/export/{part}/9")
+                assert answer.json()["error"]["code"] == "empty_range"
+
+
 def test_an_hour_whose_reader_left_makes_room_for_the_next(here, video, no_garbage_collection, monkeypatch):
     monkeypatch.setattr("qa_service.exports.write_frames", lambda *hour: bytes(16 << 20))  # more than a socket takes
     with httpx.Client(base_url=here.url, timeout=60) as client:
