@@ -103,17 +103,19 @@ class Importer:
         return await self._received(caller, source_id, chunks, limit, take)
 
     async def keyframes(self, caller: Caller, source_id: str, hour: int, chunks: AsyncIterator[bytes]) -> ImportedHour:
-        """Take the keyframes of an hour, behind its frames. Raises as `frames` does."""
+        """Take the keyframes of those frames of an hour that are here: others came while it was exported.
+
+        Raises as `frames` does.
+        """
         as_of = await self._timeline.as_of(source_id)
 
         async def take(file: Path, new: NewImport) -> int:
             jpegs = await _read(lambda: self._pictures(file.read_bytes(), hour))
             _require_within(new, hour, min(jpegs), max(jpegs))
-            kept = await self._timeline.slots(source_id, *span_of(hour))
-            if not jpegs.keys() <= set(kept.tolist()):
-                raise DamagedExport("The hour has keyframes of frames that did not come.")
-            await self._keep(source_id, hour, lambda: self._keyframes.restore(source_id, hour, jpegs, as_of))
-            return len(jpegs)
+            kept = set((await self._timeline.slots(source_id, *span_of(hour))).tolist())
+            pictures = {slot: jpeg for slot, jpeg in jpegs.items() if slot in kept}
+            await self._keep(source_id, hour, lambda: self._keyframes.restore(source_id, hour, pictures, as_of))
+            return len(pictures)
 
         return await self._received(caller, source_id, chunks, self._max_hour_bytes, take)
 

@@ -120,7 +120,7 @@ class ImportBody(Body):
 
 
 class ImportedHour(Body):
-    """What came of an hour."""
+    """What is kept of an hour that came."""
 
     object: Literal["import.hour"] = "import.hour"
     frames: int = Field(description="Frames, or keyframes.")

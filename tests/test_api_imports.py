@@ -442,7 +442,6 @@ BAD_KEYFRAMES: dict[str, Forge] = {
     "a picture that unfolds to 4 gigapixels": lambda parts: write_keyframes(0, {10: bomb(parts)}),
     "a picture that is looked over a hundred times": lambda parts: write_keyframes(0, {10: repeated_scan(parts)}),
     "a picture with more bytes than any": lambda parts: write_keyframes(0, {10: filled(parts)}),
-    "one of a frame that did not come": lambda parts: write_keyframes(0, {13: picture(parts.encoder.input_size_px)}),
     "one outside of what is imported": lambda parts: write_keyframes(0, {40: picture(parts.encoder.input_size_px)}),
     "an end behind the end": lambda parts: packed({10: b"abc", 11: b"def"}, [3, 7]),
     "an end before the start": lambda parts: packed({10: b"abc", 11: b"def"}, [-3, 6]),
@@ -461,6 +460,17 @@ async def test_keyframes_that_no_export_wrote_are_refused(parts, client, exporte
     assert len(files(tmp_path)) == 1
     good = write_keyframes(0, {10: keyframe(10, parts.encoder.input_size_px)})
     assert (await put(client, source_id, "keyframes", good)).json()["frames"] == 1
+
+
+async def test_a_picture_whose_frame_did_not_come_is_left_out(parts, client, exported):
+    """Frames may come to an hour between the reading of its frames and that of its keyframes."""
+    source_id = await begun(client, exported.contents)
+    assert (await put(client, source_id, "frames", forged(parts, [10, 11]))).status_code == 200
+    late, side = [12, 13], parts.encoder.input_size_px
+    alone = write_keyframes(0, {slot: keyframe(slot, side) for slot in late})
+    assert (await put(client, source_id, "keyframes", alone)).json()["frames"] == 0
+    assert (await put(client, source_id, "keyframes", exported.keyframes)).json()["frames"] == 2
+    assert (await parts.keyframes.slots(source_id, 0)).tolist() == [10, 11]
 
 
 @pytest.mark.parametrize("path", ["frames/-1", "frames/x", "frames/99999999999999999999", "pictures/0", "frames/0/x"])
