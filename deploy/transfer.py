@@ -23,7 +23,8 @@ def export_timeline(
 ) -> TimelineExport:
     """Write what is remembered of a range into a portable file, and return what it holds.
 
-    Each hour is of one moment; what is erased while the others are read is absent, and a gap with its reason.
+    Each hour is of the moment at which it was read. What came to it later is a gap with the reason that it was absent
+    for; what was erased later is one too, and is not imported, though the file holds it.
     """
     described = client.describe_export(wanted)
     parts: tuple[HourPart, ...] = ("frames", "keyframes") if pictures else ("frames",)
@@ -40,7 +41,8 @@ def export_timeline(
             if on_progress:
                 on_progress(done + 1, len(described.hours))
         now = _patiently(client.describe_export, described.range(wanted.source_id))
-        held = described.model_copy(update={"hours": tuple(written), "gaps": now.gaps})
+        gaps = {tuple(gap.items()): gap for gap in (*described.gaps, *now.gaps)}  # most of them are told both times
+        held = described.model_copy(update={"hours": tuple(written), "gaps": tuple(gaps.values())})
         file.finish(held.model_dump(mode="json"))
     return held
 

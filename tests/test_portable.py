@@ -297,6 +297,25 @@ def test_an_hour_whose_reader_left_makes_room_for_the_next(here, video, no_garba
                 assert half_read.status_code == 200
 
 
+def test_a_frame_that_comes_when_its_hour_is_read_already_is_a_gap_of_the_file(here, there, tmp_path):
+    video = here.do(here.parts.video([0, 1, 4, HOUR, HOUR + 3], duration_s=HOUR + 4))
+    missing = [(2, 4), (HOUR + 1, HOUR + 3)]
+    gaps = [Gap(start_slot=start, end_slot=end, reason="decode_error") for start, end in missing]
+    here.do(here.parts.sources.add_gaps(video.id, None, gaps))
+
+    def come(done: int, total: int) -> None:
+        if done == 1:
+            here.do(here.parts.keep(video.id, [2, HOUR + 1]))
+
+    with Client(here.url) as client:
+        export_timeline(client, Range(source_id=video.id), tmp_path / "late.tar", on_progress=come)
+    with Client(there.url) as client:
+        imported = import_timeline(client, tmp_path / "late.tar").id
+    assert kept(there, imported)[0] == [0, 1, 4, HOUR, HOUR + 1, HOUR + 3]
+    told = get(there, f"/v1/sources/{imported}/timeline").json()["gaps"]
+    assert [(gap["start"], gap["end"]) for gap in told] == [(2, 4), (HOUR + 2, HOUR + 3)]
+
+
 @pytest.fixture(scope="module")
 def yard(here: Service, video: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("exported") / "yard.tar"
