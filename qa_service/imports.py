@@ -2,11 +2,13 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
+
+import numpy as np
 
 from compressor_service.facts import BadPicture
 from compressor_service.pictures import MAX_REPEATS, opened
@@ -26,11 +28,13 @@ from qa_service.upload import receive_body
 from store.connection import StoreUnavailable
 from store.finish import finish
 from store.format import TokenFormat, span_of
+from store.gaps import Gap
 from store.hour_files import HourFileDamaged
 from store.imports import IDLE_S, ImportedTooMuch, Imports, NewImport
 from store.keyframes import Keyframes
 from store.portable import DamagedHour, max_frames_bytes, read_frames, read_keyframes
 from store.room import Room
+from store.segments import Hour
 from store.source import Stream, StreamExists
 from store.timeline import Timeline
 
@@ -90,12 +94,18 @@ class Importer:
         return await self._once(caller, "imports", key, described.model_dump_json(), ImportBody, create)
 
     async def frames(self, caller: Caller, source_id: str, hour: int, chunks: AsyncIterator[bytes]) -> ImportedHour:
-        """Take the frames of an hour. Raises DamagedExport, FileTooLarge and StorageFull."""
+        """Take the frames of an hour, but for those that were erased where they come from.
+
+        Raises DamagedExport, FileTooLarge and StorageFull.
+        """
         as_of = await self._timeline.as_of(source_id)  # an import that was given up must not come back
 
         async def take(file: Path, new: NewImport) -> int:
             rows = await _read(lambda: read_frames(file.read_bytes(), self._timeline.format, hour))
             _require_within(new, hour, int(rows.slots[0]), int(rows.slots[-1]))
+            rows = _without(rows, await self._imports.erased(source_id, *span_of(hour)))
+            if not len(rows.slots):
+                return 0
             await self._keep(source_id, hour, lambda: self._timeline.restore(source_id, rows, as_of))
             return len(rows.slots)
 
@@ -195,6 +205,14 @@ async def _read(read: Callable[[], T]) -> T:
         return await asyncio.to_thread(read)
     except DamagedHour as error:
         raise DamagedExport(f"This is no hour that an export wrote: {error}.") from None
+
+
+def _without(rows: Hour, gone: Sequence[Gap]) -> Hour:
+    """Return the frames that lie in none of the gaps."""
+    stays = np.ones(len(rows.slots), np.bool_)
+    for gap in gone:
+        stays &= (rows.slots < gap.start_slot) | (rows.slots >= gap.end_slot)
+    return Hour(rows.slots[stays], rows.tokens[stays], rows.vectors[stays], rows.times[stays])
 
 
 def _is_keyframe(jpeg: bytes, side_px: int) -> bool:

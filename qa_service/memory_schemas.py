@@ -92,7 +92,9 @@ class TimelineExport(Body):
         max_length=100_000,
         description="The hours that have frames; hour n holds 3,600 slots from n * 3,600 on.",
     )
-    gaps: list[Gap] = Field(max_length=100_000, description="Which slots are absent, and why; one that has a frame is there.")
+    gaps: list[Gap] = Field(
+        max_length=100_000, description="Which slots are absent, and why; one that has a frame is there."
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

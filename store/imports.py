@@ -7,7 +7,7 @@ from uuid import uuid4
 from pydantic import BaseModel, ConfigDict, Field
 from redis.asyncio import Redis
 
-from store.gaps import Gap
+from store.gaps import Gap, Gaps
 from store.source import NewStream, NewVideo, Source, SourceNotFound, StreamStatus, VideoStatus
 from store.sources import Sources
 
@@ -51,6 +51,7 @@ class Imports:
     def __init__(self, redis: Redis, sources: Sources) -> None:
         self._redis = redis
         self._sources = sources
+        self._gaps = Gaps(redis)
 
     async def begin(self, new: NewImport, gaps: Sequence[Gap]) -> str:
         """Begin an import and return the id of its source. StreamExists if a stream has its name."""
@@ -90,6 +91,10 @@ class Imports:
         if max_bytes is not None and total > max_bytes:
             raise ImportedTooMuch(source_id)
         return NewImport.model_validate_json(known)
+
+    async def erased(self, source_id: str, start: int, end: int) -> list[Gap]:
+        """Return which of the slots [start, end) were erased where they come from, be it after they were read there."""
+        return [gap for gap in await self._gaps.read(source_id, start, end, registered=0) if gap.reason == "erased"]
 
     async def is_alive(self, source_id: str) -> bool:
         """Return whether somebody may still be working at an import."""

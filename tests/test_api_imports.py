@@ -473,6 +473,27 @@ async def test_a_picture_whose_frame_did_not_come_is_left_out(parts, client, exp
     assert (await parts.keyframes.slots(source_id, 0)).tolist() == [10, 11]
 
 
+async def test_what_was_erased_behind_its_export_is_not_imported(parts, client, exported):
+    gaps = [{"start_slot": start, "end_slot": end, "reason": "erased"} for start, end in ((5, 12), (20, 23), (29, 30))]
+    source_id = await begun(client, exported.contents, gaps=gaps)
+    left = [*range(12, 20), *range(23, 29)]
+    for part in ("frames", "keyframes"):
+        assert (await put(client, source_id, part, getattr(exported, part))).json()["frames"] == len(left)
+    assert (await parts.timeline.slots(source_id, 0, 30)).tolist() == left
+    assert (await parts.keyframes.slots(source_id, 0)).tolist() == left
+    assert (await client.post(f"/v1/imports/{source_id}/complete", json={"frames": len(left)})).status_code == 200
+    told = (await client.get(f"/v1/sources/{source_id}/timeline?start=0&end=30")).json()["gaps"]
+    assert [(gap["start"], gap["end"]) for gap in told if gap["reason"] == "erased"] == [(5, 12), (20, 23), (29, 30)]
+
+
+async def test_of_an_hour_that_was_erased_behind_its_export_nothing_is_imported(parts, client, exported):
+    gaps = [{"start_slot": 0, "end_slot": 30, "reason": "erased"}]
+    source_id = await begun(client, exported.contents, gaps=gaps)
+    for part in ("frames", "keyframes"):
+        assert (await put(client, source_id, part, getattr(exported, part))).json()["frames"] == 0
+    assert await parts.timeline.count(source_id) == 0
+
+
 @pytest.mark.parametrize("path", ["frames/-1", "frames/x", "frames/99999999999999999999", "pictures/0", "frames/0/x"])
 async def test_an_hour_that_there_is_not_is_refused(client, exported, path):
     source_id = await begun(client, exported.contents)

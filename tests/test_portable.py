@@ -19,7 +19,7 @@ from safetensors.numpy import load
 
 from deploy.bodies import Range
 from deploy.cli import run_command
-from deploy.client import Client
+from deploy.client import ApiError, Client
 from deploy.transfer import export_timeline, import_timeline
 from qa_service.clock import write_stream_time
 from qa_service.exports import HOURS_OUT
@@ -314,6 +314,27 @@ def test_a_frame_that_comes_when_its_hour_is_read_already_is_a_gap_of_the_file(h
     assert kept(there, imported)[0] == [0, 1, 4, HOUR, HOUR + 1, HOUR + 3]
     told = get(there, f"/v1/sources/{imported}/timeline").json()["gaps"]
     assert [(gap["start"], gap["end"]) for gap in told] == [(2, 4), (HOUR + 2, HOUR + 3)]
+
+
+def test_what_is_erased_while_it_is_exported_is_not_imported(here, there, tmp_path):
+    video = here.do(here.parts.video([*range(5), HOUR], duration_s=HOUR + 1))
+
+    def erase(done: int, total: int) -> None:
+        if done == 1:
+            httpx.delete(f"{here.url}/v1/sources/{video.id}/memory", params={"start": 1, "end": 4}).raise_for_status()
+
+    def erase_all(done: int, total: int) -> None:
+        if done == total:
+            httpx.delete(f"{here.url}/v1/sources/{video.id}/memory").raise_for_status()
+
+    with Client(here.url) as client:
+        export_timeline(client, Range(source_id=video.id), tmp_path / "some.tar", on_progress=erase)
+        with pytest.raises(ApiError, match="Nothing of this time"):
+            export_timeline(client, Range(source_id=video.id), tmp_path / "all.tar", on_progress=erase_all)
+    assert [path.name for path in tmp_path.iterdir()] == ["some.tar"]
+    with Client(there.url) as client:
+        imported = import_timeline(client, tmp_path / "some.tar")
+    assert kept(there, imported.id)[0] == [0, 4, HOUR]
 
 
 @pytest.fixture(scope="module")
