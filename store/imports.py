@@ -15,6 +15,15 @@ IDLE_S = 3600  # an import that goes on no more is given up after this time, and
 RETENTION_HOURS = 24.0 * 366 * 10  # of an imported stream: its memory is old when it comes
 _GAPS_AT_ONCE = 1000
 
+# Returns what is imported and its bytes by now. An import that has ended does not begin again.
+# KEYS: import. ARGV: bytes that came, seconds.
+_GO_ON = """
+local new = redis.call('HGET', KEYS[1], 'new')
+if not new then return false end
+redis.call('EXPIRE', KEYS[1], ARGV[2])
+return {new, redis.call('HINCRBY', KEYS[1], 'bytes', ARGV[1])}
+"""
+
 
 class ImportNotFound(LookupError):
     """No such import, or it has ended."""
@@ -52,13 +61,16 @@ class Imports:
         self._redis = redis
         self._sources = sources
         self._gaps = Gaps(redis)
+        self._go_on = redis.register_script(_GO_ON)
 
     async def begin(self, new: NewImport, gaps: Sequence[Gap]) -> str:
         """Begin an import and return the id of its source. StreamExists if a stream has its name."""
         source_id = f"{'str' if new.kind == 'stream' else 'vid'}_{uuid4().hex[:12]}"
         # First, or the janitor would find a hidden source that nobody works at.
-        await self._redis.hset(_key(source_id), mapping={"new": new.model_dump_json(), "bytes": 0})
-        await self._redis.expire(_key(source_id), IDLE_S)
+        async with self._redis.pipeline(transaction=True) as pipe:
+            pipe.hset(_key(source_id), mapping={"new": new.model_dump_json(), "bytes": 0})
+            pipe.expire(_key(source_id), IDLE_S)
+            await pipe.execute()
         if new.kind == "stream":
             stream = NewStream(
                 name=new.name,
@@ -81,13 +93,10 @@ class Imports:
 
     async def go_on(self, source_id: str, size_bytes: int = 0, max_bytes: int | None = None) -> NewImport:
         """Return what is imported, and note that it goes on with so many bytes. ImportNotFound; ImportedTooMuch."""
-        known: Any = await self._redis.hget(_key(source_id), "new")
-        if known is None:
+        found = await self._go_on([_key(source_id)], [size_bytes, IDLE_S])
+        if found is None:
             raise ImportNotFound(source_id)
-        async with self._redis.pipeline() as pipe:
-            pipe.hincrby(_key(source_id), "bytes", size_bytes)
-            pipe.expire(_key(source_id), IDLE_S)
-            total, _ = await pipe.execute()
+        known, total = found
         if max_bytes is not None and total > max_bytes:
             raise ImportedTooMuch(source_id)
         return NewImport.model_validate_json(known)
