@@ -49,7 +49,7 @@ from deploy.bodies import (
 DEFAULT_URL = "http://127.0.0.1:8000"
 CONNECT_TIMEOUT_S = 5.0
 READ_TIMEOUT_S = 60.0  # an answer's stream is never silent longer than its 15 s pings
-PASSING = frozenset({429, 503})  # errors that may be gone in a moment
+_PASSING = frozenset({429, 503})  # errors that may be gone in a moment
 AWAY_POLL_S = 5.0  # while a service that is waited for does not answer
 MAX_AWAY_S = 600.0
 WAITING_POLL_S = 10.0  # while an hour is still recorded
@@ -68,6 +68,11 @@ class ApiError(RuntimeError):
 
 class Unreachable(ConnectionError):
     """No service answers at the URL, or the connection was cut while it did."""
+
+
+def passes(error: ApiError | Unreachable) -> bool:
+    """Return whether the same request may be answered in a moment: the service is away, or cannot answer now."""
+    return isinstance(error, Unreachable) or error.status in _PASSING
 
 
 class RecomputationFailed(RuntimeError):
@@ -303,7 +308,7 @@ class Client:
             except (Unreachable, ApiError) as error:
                 # It goes on without us, and outlives a service that is started again.
                 away_s += AWAY_POLL_S
-                if away_s > MAX_AWAY_S or (isinstance(error, ApiError) and error.status not in PASSING):
+                if away_s > MAX_AWAY_S or not passes(error):
                     raise
                 time.sleep(AWAY_POLL_S)
                 continue

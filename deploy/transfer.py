@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from deploy.bodies import HourPart, Imported, Range, TimelineExport
-from deploy.client import PASSING, ApiError, Client, Unreachable
+from deploy.client import ApiError, Client, Unreachable, passes
 from deploy.portable import PortableReader, PortableWriter
 
 PAUSES_S = (0.5, 2.0, 5.0, 15.0, 60.0)  # before the next try; a key's requests are counted by the minute
@@ -77,14 +77,12 @@ def _send(client: Client, import_id: str, file: PortableReader, part: HourPart, 
 
 
 def _patiently(ask: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
-    """Ask again while the service is away, or says that it cannot answer now: nothing asked here counts twice."""
+    """Ask again after what passes by itself: nothing asked here counts twice."""
     for pause_s in PAUSES_S:
         try:
             return ask(*arguments, **named)
-        except Unreachable:
-            pass
-        except ApiError as error:
-            if error.status not in PASSING:
+        except (ApiError, Unreachable) as error:
+            if not passes(error):
                 raise
         time.sleep(pause_s)
     return ask(*arguments, **named)

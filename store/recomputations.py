@@ -229,10 +229,10 @@ class Recomputations:
 
     async def plan(self, job_id: str, hours: Mapping[HourLeft, float]) -> bool:
         """Write down what is to be done, each hour with the time of its turn, and begin; False if it has ended."""
-        key, texts = _left_key(job_id), {str(hour): at for hour, at in hours.items()}
+        key, turns = _left_key(job_id), [(str(hour), at) for hour, at in hours.items()]
         await self._redis.delete(key)  # a plan that was cut short
-        for start in range(0, len(texts), _PLAN_CHUNK):
-            await self._redis.zadd(key, dict(list(texts.items())[start : start + _PLAN_CHUNK]))
+        for start in range(0, len(turns), _PLAN_CHUNK):
+            await self._redis.zadd(key, dict(turns[start : start + _PLAN_CHUNK]))
         slots: dict[str, int] = {}
         for hour in hours:
             slots[hour.source_id] = slots.get(hour.source_id, 0) + hour.slots
