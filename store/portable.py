@@ -96,10 +96,12 @@ def _read(content: bytes, hour: int, names: frozenset[str]) -> Parsed:
         if header.keys() - {"__metadata__"} != names:
             raise DamagedHour(f"it should hold {', '.join(sorted(names))} and nothing else")
         found = parsed(content, "it")
-    except (struct.error, AttributeError, UnicodeDecodeError, json.JSONDecodeError, RecursionError):
-        raise DamagedHour("it is no safetensors file") from None
+    except DamagedHour:
+        raise
     except HourFileDamaged as error:
         raise DamagedHour(str(error)) from None
+    except (struct.error, AttributeError, ValueError, RecursionError):  # a plain one of a number with 5,000 digits
+        raise DamagedHour("it is no safetensors file") from None
     if found.metadata.get("hour") != str(hour):
         raise DamagedHour(f"it is not hour {hour}, as its name says")
     return found

@@ -125,6 +125,14 @@ def test_bytes_of_any_kind_are_refused(content):
         read_keyframes(content, HOUR)
 
 
+@pytest.mark.parametrize("place", ["[Infinity, 1]", "[0, 1e400]", "[NaN, 1]", f"[0, {'9' * 5000}]", "[1e9, 1e300]"])
+def test_a_header_whose_numbers_are_none_is_refused(place):
+    named = ",".join(f'"{name}":{{"data_offsets":{place}}}' for name in ("tokens", "vectors", "times", "slots"))
+    header = f'{{"__metadata__":{{"checksum":"0"}},{named}}}'.encode()
+    with pytest.raises(DamagedHour):
+        read_frames(len(header).to_bytes(8, "little") + header, a_format(), HOUR)
+
+
 async def test_restored_keyframes_join_those_that_are_packed_and_do_not_replace_them(redis, segments_root):
     keyframes = Keyframes(redis, segments_root)
     jpegs = {START + slot: b"\xff\xd8 restored %d" % slot for slot in range(10)}
