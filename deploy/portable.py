@@ -20,6 +20,8 @@ VERSION = 1
 MAX_HOUR_BYTES = 1 << 30
 MAX_CONTENTS_BYTES = 1 << 24
 _CONTENTS = "timeline.json"
+# What tarfile raises for a file that is none, the last two when names are nested or claim to be endless.
+_NO_TAR = (tarfile.TarError, ValueError, OverflowError, EOFError, RecursionError, MemoryError)
 _HOUR = re.compile(r"hours/(0|[1-9][0-9]{0,12})/(frames|keyframes)\.safetensors")
 
 
@@ -76,7 +78,7 @@ class PortableReader:
     def __enter__(self) -> Self:
         try:
             self._tar = tarfile.open(self._path, "r:")  # not compressed: nothing unfolds into more
-        except (tarfile.TarError, ValueError, OverflowError, EOFError):
+        except _NO_TAR:
             raise BadPortable(f"{self._path} is no portable timeline, or it is cut off") from None
         try:
             self._list()
@@ -99,7 +101,7 @@ class PortableReader:
     def _list(self) -> None:
         try:
             members = self._tar.getmembers()
-        except (tarfile.TarError, ValueError, OverflowError, EOFError):
+        except _NO_TAR:
             raise BadPortable(f"{self._path} is cut off or damaged: export it again") from None
         for member in members:
             if member.isdir():
@@ -118,6 +120,7 @@ class PortableReader:
         try:
             contents = json.loads(self._content(self._members[_CONTENTS], MAX_CONTENTS_BYTES))
             version, hours = contents["version"], contents["hours"]
+            json.dumps(contents, ensure_ascii=False, allow_nan=False).encode()  # or no request could hold them
         except (ValueError, KeyError, TypeError, RecursionError):
             raise BadPortable(f"{self._path}: its {_CONTENTS} cannot be read") from None
         if version != VERSION:

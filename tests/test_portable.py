@@ -406,9 +406,30 @@ BAD_FILES: dict[str, tuple[str, Callable[[dict[str, bytes], bytes], bytes]]] = {
     "contents that are a list": ("cannot be read", lambda held, whole: tar_of(plain("timeline.json", b"[]"))),
     "a later version": ("has version 2", lambda held, whole: tar_of(contents(held, version=2))),
     "hours that are words": ("hours", lambda held, whole: tar_of(contents(held, hours={"a": "b"}))),
+    "contents with a number that is none": (
+        "cannot be read",
+        lambda held, whole: tar_of(contents(held, duration_s=float("nan"))),
+    ),
+    "contents with an endless number": ("cannot be read", lambda held, whole: tar_of(contents(held, fps=float("inf")))),
+    "contents with half a letter": ("cannot be read", lambda held, whole: tar_of(contents(held, name="\ud800"))),
+    "long names of long names": ("", lambda held, whole: tar_header(tarfile.GNUTYPE_LONGNAME, 0) * 1500),
+    "names of names": ("", lambda held, whole: tar_header(tarfile.XHDTYPE, 0) * 1500),
+    "a good member and long names behind it": (
+        "",
+        lambda held, whole: (
+            tar_of(plain(*next(iter(held.items()))))[:-10240] + tar_header(tarfile.GNUTYPE_LONGNAME, 0) * 1500
+        ),
+    ),
+    "a name of 4 TiB": ("", lambda held, whole: tar_header(tarfile.XHDTYPE, 1 << 42)),
     "a header that claims 8 EiB": ("", lambda held, whole: tar_claiming(2**63 - 1)),
     "a header that claims less than nothing": ("", lambda held, whole: tar_claiming(-(2**40))),
 }
+
+
+def tar_header(kind: bytes, size: int) -> bytes:
+    member = tarfile.TarInfo("x")
+    member.type, member.size = kind, size
+    return member.tobuf(tarfile.GNU_FORMAT)
 
 
 def tar_claiming(size: int) -> bytes:
