@@ -13,7 +13,7 @@ from redis.asyncio import Redis
 
 from compressor_service.second_look import Eyes, SecondLook
 from ingest.frame import SinkUnavailable
-from store.connection import StoreUnavailable
+from store.connection import StoreFull, StoreUnavailable
 from store.format import HOUR_SLOTS
 from store.gaps import Gap
 from store.hour_files import HourFileDamaged
@@ -46,7 +46,7 @@ _TRIES = 20  # of an hour of which something is erased again and again
 
 
 class _Stopped(Exception):
-    """The recomputation was cancelled, or somebody else does the work now."""
+    """Nothing is to be done now: the recomputation was cancelled, somebody else does the work, or nobody can."""
 
 
 @dataclass(slots=True)
@@ -130,12 +130,24 @@ class Recomputer:
                 return True
             await self._rest(job)
             return False
-        except (StoreUnavailable, _Stopped):
+        except _Stopped:
             raise
+        except (SinkUnavailable, StoreFull) as error:  # it would be so with every hour of every other one, too
+            await self._tell(job, error)
+            raise _Stopped from None
+        except StoreUnavailable as error:
+            await self._tell(job, error)
+            return False
         except Exception:
             logger.exception("recomputation %s failed", job.id)
             await self._jobs.update(job.id, ended("failed", _UNEXPECTED))
             return True
+
+    async def _tell(self, job: Recomputation, error: SinkUnavailable | StoreUnavailable) -> None:
+        """Note what stands in the way of a recomputation."""
+        if str(error) != job.reason:
+            logger.warning("recomputation %s is put off: %s", job.id, error)
+            await self._jobs.update(job.id, facts(reason=str(error)))
 
     async def _hold(self) -> None:
         """Take or keep the lease; _Stopped if somebody else has it."""
@@ -203,7 +215,9 @@ class Recomputer:
         work = _Work(job, source, left)
         try:
             await self._hour(work)
-        except (StoreUnavailable, SinkUnavailable, HourFileDamaged) as error:
+        except StoreFull:
+            raise
+        except (StoreUnavailable, HourFileDamaged) as error:
             logger.warning("recomputing hour %d of %s is put off: %s", left.hour, source.id, error)
             # Other hours first.
             at = self._now() + PUT_OFF_S

@@ -239,7 +239,7 @@ class Recomputations:
 
         def begin(job: Recomputation) -> Recomputation:
             progress = {one.source_id: Progress(slots=slots.get(one.source_id, 0)) for one in job.wanted}
-            return job.model_copy(update={"status": "running", "progress": progress})
+            return job.model_copy(update={"status": "running", "progress": progress, "reason": None})
 
         if await self.update(job_id, begin) is not None:
             return True

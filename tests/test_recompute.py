@@ -21,18 +21,19 @@ from compressor_service.facts import Encoded
 from compressor_service.recompute import PUT_OFF_S, Recomputer
 from compressor_service.writer import FrameWriter
 from ingest.frame import SinkUnavailable
-from store.connection import EmbeddedRedis, connect
+from store.connection import EmbeddedRedis, StoreUnavailable, connect
 from store.format import HOUR_SLOTS
 from store.recomputations import (
     KEPT_ENDED,
     HourLeft,
+    Recomputation,
     RecomputationEnded,
     RecomputationNotFound,
     Wanted,
     ended,
     facts,
 )
-from store.source import VideoStatus
+from store.source import Source, VideoStatus
 from tests.recompute_parts import LATE_MS, PASS, Place, load, work
 from tests.test_ingest_store import eventually
 from tests.test_store_connection import server_pid
@@ -373,6 +374,63 @@ async def test_on_a_full_disk_it_waits_for_room(place, old, new):
     clock[0] += PUT_OFF_S
     await work(recomputer)
     assert (await place.jobs.get(job.id)).status == "done"
+
+
+async def test_after_an_outage_the_newest_hours_still_come_first(place, old, new, caplog):
+    video = await place.video(old, [hour * HOUR_SLOTS for hour in range(4)])
+    stream = await place.stream(retention_hours=24.0)
+    hour = int(time.time()) // HOUR_SLOTS - 3
+    for one in (hour - 1, hour):
+        await place.see(old, stream.id, [one * HOUR_SLOTS + 5])
+    job = await place.ask(new, stream.id, video.id)
+    recomputer = place.recomputer(new)
+    assert await recomputer.step()
+    eyes = watched(place, new, recomputer)
+    recomputer._room = place.room(1 << 60)
+    assert not await recomputer.step()
+    recomputer._room = place.room()
+
+    async def lose() -> None:
+        raise SinkUnavailable("the compressor was lost")
+
+    eyes.before = lose
+    for _ in range(3):
+        assert not await recomputer.step()
+    assert eyes.looks == 3  # once a step, and not once an hour
+    told = await place.jobs.get(job.id)
+    assert (told.status, told.reason, told.total.done) == ("running", "the compressor was lost", 0)
+    assert caplog.text.count("the compressor was lost") == 1
+    del eyes.before
+    order = []
+    while await recomputer.step():
+        order.append(await place.slots(new, stream.id))
+    first, second = (hour - 1) * HOUR_SLOTS + 5, hour * HOUR_SLOTS + 5
+    assert order[-2:] == [[second], [first, second]]  # the video came just now: its hours were before these
+    done = await place.jobs.get(job.id)
+    assert (done.status, done.reason) == ("done", None)
+
+
+async def test_what_cannot_be_planned_says_so_and_holds_up_nothing_else(place, old, new, monkeypatch):
+    bad, good = await place.video(old, SLOTS, name="bad.mp4"), await place.video(old, SLOTS)
+    first, second = await place.ask(new, bad.id), await place.ask(new, good.id)
+    recomputer = place.recomputer(new)
+    hours = recomputer._second.hours
+
+    async def fail(job: Recomputation, source: Source) -> list[int]:
+        if source.id == bad.id:
+            raise StoreUnavailable("its folder is away")
+        return await hours(job, source)
+
+    monkeypatch.setattr(recomputer._second, "hours", fail)
+    await work(recomputer)
+    waiting = await place.jobs.get(first.id)
+    assert (waiting.status, waiting.reason) == ("queued", "its folder is away")
+    assert (await place.jobs.get(second.id)).status == "done"
+    monkeypatch.undo()
+    await recomputer.step()
+    assert (await place.jobs.get(first.id)).reason is None
+    await work(recomputer)
+    assert (await place.jobs.get(first.id)).status == "done"
 
 
 async def test_what_another_model_makes_is_never_kept_for_the_running_one(place, old, new):
