@@ -3,6 +3,7 @@
 n frames, C2 tokens a frame, D model width, P width of the search vector.
 """
 
+import asyncio
 import contextlib
 import logging
 import math
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 PASS_FRAMES = 8  # a live frame waits for one pass at most, so it is a short one
 READ_FRAMES = 64  # keyframes that are read at once
+GO_ON_EVERY_S = 5.0  # while live frames have the device
 
 
 class Eyes(Protocol):
@@ -76,7 +78,7 @@ class SecondLook:
     ) -> Seen | None:
         """Look at the first of ascending slots of an hour for as long as there is patience; None if a keyframe is gone.
 
-        `go_on` is called before every pass, and may raise. Raises SinkUnavailable.
+        `go_on` is called before every pass and while the device is waited for, and may raise. Raises SinkUnavailable.
         """
         begun = time.monotonic()
         parts: list[Encoded] = []
@@ -90,7 +92,7 @@ class SecondLook:
                     jpegs = await self._memory.keyframes.get_many(source.id, some)
                 except FrameNotKept:
                     return None
-            made = await self._eyes.encode(jpegs[:PASS_FRAMES])
+            made = await self._encode(jpegs[:PASS_FRAMES], go_on)
             if made.fingerprint != self._timeline.format.fingerprint:  # in the middle of an upgrade
                 raise SinkUnavailable("the compressor runs another model now; this service is about to be replaced")
             parts.append(made)
@@ -99,6 +101,15 @@ class SecondLook:
         kept = looked[whole.readable]
         rows = Hour(slots=kept, tokens=whole.tokens, vectors=whole.vectors, times=await self._times(source, kept))
         return Seen(rows, looked[~whole.readable], done / (time.monotonic() - begun))
+
+    async def _encode(self, keyframes: Sequence[bytes], go_on: Callable[[], Awaitable[None]]) -> Encoded:
+        looking = asyncio.create_task(self._eyes.encode(keyframes))
+        try:
+            while not (await asyncio.wait([looking], timeout=GO_ON_EVERY_S))[0]:
+                await go_on()  # whoever is silent for longer than a lease is taken for gone
+            return await looking
+        finally:
+            looking.cancel()
 
     async def drop_old(self, job: Recomputation, source: Source, hour: int) -> int:
         """Erase what other models made of an hour, unless something is lost by it; return the number of frames."""

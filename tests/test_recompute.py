@@ -317,6 +317,43 @@ async def test_one_of_several_works_and_the_next_takes_over(place, old, new):
     assert await place.slots(new, video.id) == SLOTS
 
 
+async def test_who_waits_for_the_device_longer_than_a_lease_stays_the_one_who_works(place, old, new, monkeypatch):
+    monkeypatch.setattr("compressor_service.recompute.LEASE_S", 0.3)
+    monkeypatch.setattr("compressor_service.second_look.GO_ON_EVERY_S", 0.05)
+    video = await place.video(old, [1, 2])
+    job = await place.ask(new, video.id)
+    recomputer = place.recomputer(new)
+    worked, eyes = [], watched(place, new, recomputer)
+
+    async def be_busy() -> None:
+        for _ in range(8):
+            await asyncio.sleep(0.1)
+            worked.append(await place.jobs.has_worker(new.format.fingerprint))
+
+    eyes.before = be_busy
+    await work(recomputer)
+    assert worked == [True] * 8
+    assert (await place.jobs.get(job.id)).status == "done"
+
+
+async def test_a_recomputation_can_be_cancelled_while_it_waits_for_the_device(place, old, new, monkeypatch):
+    monkeypatch.setattr("compressor_service.second_look.GO_ON_EVERY_S", 0.05)
+    video = await place.video(old, SLOTS)
+    job = await place.ask(new, video.id)
+    recomputer = place.recomputer(new)
+    eyes, waits = watched(place, new, recomputer), asyncio.Event()
+
+    async def wait_for_ever() -> None:
+        waits.set()
+        await asyncio.Event().wait()
+
+    eyes.before = wait_for_ever
+    working = asyncio.create_task(work(recomputer))
+    await waits.wait()
+    await place.jobs.cancel(job.id)
+    await asyncio.wait_for(working, 10)
+
+
 async def test_a_service_of_another_model_leaves_it_alone(place, old, new):
     video = await place.video(old, SLOTS)
     job = await place.ask(new, video.id)
