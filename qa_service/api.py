@@ -367,7 +367,7 @@ def _add_transfer(api: FastAPI, services: Services) -> None:
         "/v1/sources/{source_id}/export",
         tags=["export"],
         summary="Tell what of a source can be exported",
-        responses=_errors(401, 403, 404, 409, 422, 429, 503),
+        responses=_errors(401, 403, 404, 409, 413, 422, 429, 503),
     )
     async def export(
         source_id: str,

@@ -79,7 +79,7 @@ class KeyframesNotKept(ServiceError, ValueError):
 
 
 class RangeTooLong(ServiceError, ValueError):
-    """The range has more frames than the model can read at once."""
+    """The range has more frames than the model can read at once, or more gaps than an export can tell."""
 
 
 class FileTooLarge(ServiceError, ValueError):

@@ -2,18 +2,21 @@
 
 import asyncio
 import weakref
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from threading import BoundedSemaphore
+
+import numpy as np
+from numpy.typing import NDArray
 
 from qa_service import clock
 from qa_service.coverage import RangeReader, Reading, asked_seconds
-from qa_service.errors import EmptyRange, QueueFull, StateConflict, inverted
+from qa_service.errors import EmptyRange, QueueFull, RangeTooLong, StateConflict, inverted
 from qa_service.keys import Caller
-from qa_service.memory_schemas import TimelineExport
+from qa_service.memory_schemas import MAX_LISTED, TimelineExport
 from store.connection import StoreUnavailable
 from store.finish import finish
 from store.format import HOUR_SLOTS
-from store.gaps import Gap
+from store.gaps import Gap, GapReason
 from store.hot import FrameNotKept
 from store.keyframes import Keyframes
 from store.portable import write_frames, write_keyframes
@@ -25,6 +28,9 @@ TRIES = 20  # of an hour from which something is erased again and again while it
 PIECE_BYTES = 1 << 20
 HOURS_OUT = 4  # that are put together, wait for that, or are sent
 HOURS_AT_ONCE = 1  # that are put together: an hour of keyframes has some 150 MB
+# Reasons that are heeded even where there is a frame: what was erased is not imported, and for a picture that cannot be
+# decoded no other model is looked for.
+_EXACT: frozenset[GapReason] = frozenset({"erased", "decode_error"})
 
 
 class OutgoingHour:
@@ -63,7 +69,7 @@ class Exports:
     async def describe(self, caller: Caller, source_id: str, start: str | None, end: str | None) -> TimelineExport:
         """Tell what [start, end) of a source holds; times left out: from the first frame, to the last.
 
-        Raises BadTimeRange, EmptyRange, and StateConflict for a video that is still read.
+        Raises BadTimeRange, EmptyRange, RangeTooLong, and StateConflict for a video that is still read.
         """
         caller.require_source(source_id)
         source = await self._reader.source(source_id)
@@ -152,7 +158,14 @@ def _whole(source: Source, extent: tuple[int, int]) -> tuple[int, int]:
 def _described(reading: Reading, timeline: Timeline) -> TimelineExport:
     source = reading.source
     stream, video = (source, None) if isinstance(source, Stream) else (None, source)
-    hours = sorted(set((reading.present // HOUR_SLOTS).tolist()))
+    hours = np.unique(reading.present // HOUR_SLOTS).tolist()
+    gaps = _joined([_as_elsewhere(gap) for gap in reading.gaps], reading.present)
+    if max(len(hours), len(gaps)) > MAX_LISTED:
+        raise RangeTooLong(
+            f"{source.id} has {len(hours)} hours with frames and {len(gaps)} gaps in this time, and an export tells at "
+            f"most {MAX_LISTED} of each: export a shorter time, and the rest of it as another file.",
+            details={"hours": len(hours), "gaps": len(gaps), "max": MAX_LISTED},
+        )
     return TimelineExport(
         kind="video" if stream is None else "stream",
         name=source.name,
@@ -164,8 +177,28 @@ def _described(reading: Reading, timeline: Timeline) -> TimelineExport:
         end_slot=reading.end,
         format=timeline.format,
         hours=hours,
-        gaps=[_as_elsewhere(gap) for gap in reading.gaps],
+        gaps=gaps,
     )
+
+
+def _joined(gaps: Sequence[Gap], present: NDArray[np.int64]) -> list[Gap]:
+    """Join gaps of one reason that only slots which are present (T,) lie between.
+
+    A camera that is slower than its grid has a gap behind each of its frames, millions in a month.
+    """
+    if not gaps:
+        return []
+    starts = np.array([gap.start_slot for gap in gaps[1:]], np.int64)
+    ends = np.array([gap.end_slot for gap in gaps[:-1]], np.int64)
+    frames = np.searchsorted(present, starts) - np.searchsorted(present, ends)
+    joins = [False, *(frames == starts - ends).tolist()]
+    runs: list[tuple[int, int, GapReason]] = []
+    for gap, is_next in zip(gaps, joins, strict=True):
+        start = gap.start_slot
+        if is_next and gap.reason == runs[-1][2] and gap.reason not in _EXACT:
+            start, _, _ = runs.pop()
+        runs.append((start, gap.end_slot, gap.reason))
+    return [Gap(start_slot=start, end_slot=end, reason=reason) for start, end, reason in runs]
 
 
 def _as_elsewhere(gap: Gap) -> Gap:

@@ -26,6 +26,8 @@ from qa_service.schemas import (
 from store.format import TokenFormat
 from store.gaps import Gap
 
+MAX_LISTED = 100_000  # hours, and gaps, of one export: some 8 MB of JSON
+
 
 class TimelineBucket(Body):
     start: Time
@@ -89,11 +91,11 @@ class TimelineExport(Body):
     end_slot: Slot
     format: TokenFormat = Field(description="The model that made the tokens, and how they are laid out.")
     hours: list[Slot] = Field(
-        max_length=100_000,
+        max_length=MAX_LISTED,
         description="The hours that have frames; hour n holds 3,600 slots from n * 3,600 on.",
     )
     gaps: list[Gap] = Field(
-        max_length=100_000, description="Which slots are absent, and why; one that has a frame is there."
+        max_length=MAX_LISTED, description="Why slots are absent; those among them that have a frame are there."
     )
 
     @model_validator(mode="after")

@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 
 from qa_service import exports, imports
+from qa_service.clock import write_stream_time
 from qa_service.coverage import RangeReader
 from qa_service.errors import QueueFull
 from qa_service.exports import HOURS_OUT, Exports
@@ -595,6 +596,37 @@ async def test_only_what_is_there_can_be_exported(parts, client):
         assert code(await client.get(f"/v1/sources/{ready.id}/export/{part}/7")) == (422, "empty_range")
         assert code(await client.get(f"/v1/sources/{ready.id}/export/{part}/0?start_slot=2&end_slot=4"))[0] == 422
     assert code(await client.get(f"/v1/sources/{ready.id}/export/pictures/0")) == (422, "validation_failed")
+
+
+async def test_a_camera_that_is_slower_than_its_grid_is_exported_in_few_words_and_means_the_same(parts, client):
+    stream, base = await parts.stream([*range(0, 40, 2), *range(51, 60)])
+    erased = [Gap(start_slot=base + 61, end_slot=base + 62, reason="erased")]
+    await parts.sources.add_gaps(stream.id, None, erased)
+    times = {"start": write_stream_time(stream.created_at), "end": write_stream_time(stream.created_at + 70)}
+    told = (await client.get(f"/v1/sources/{stream.id}/export", params=times)).json()
+    source_id = await begun(client, told, name="moved")
+    frames = 0
+    for hour in told["hours"]:
+        content = (await client.get(f"/v1/sources/{stream.id}/export/frames/{hour}")).content
+        frames += (await put(client, source_id, "frames", content, hour)).json()["frames"]
+    assert (await client.post(f"/v1/imports/{source_id}/complete", json={"frames": frames})).status_code == 200
+    timelines = [
+        (await client.get(f"/v1/sources/{one}/timeline", params=times)).json()["gaps"] for one in (stream.id, source_id)
+    ]
+    assert len(timelines[0]) > 20 > len(told["gaps"])
+    assert timelines[0] == timelines[1]
+
+
+async def test_what_has_too_many_gaps_for_one_export_is_refused_by_their_number(parts, client, monkeypatch):
+    monkeypatch.setattr(exports, "MAX_LISTED", 5)
+    video = await parts.video([0], duration_s=20)
+    gaps = [Gap(start_slot=start, end_slot=start + 1, reason="decode_error") for start in range(2, 14, 2)]
+    await parts.sources.add_gaps(video.id, None, gaps)
+    refused = await client.get(f"/v1/sources/{video.id}/export")
+    assert code(refused) == (413, "range_too_long")
+    assert refused.json()["error"]["details"] == {"hours": 1, "gaps": 6, "max": 5}
+    assert "shorter" in refused.json()["error"]["message"]
+    assert (await client.get(f"/v1/sources/{video.id}/export?end=12")).status_code == 200
 
 
 async def test_what_is_erased_while_it_is_exported_is_a_gap(parts, client):
