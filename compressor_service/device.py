@@ -7,7 +7,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-from store.threads import in_thread
+from store.finish import finish
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -31,7 +31,7 @@ class Device:
         self._idle.clear()
         try:
             async with self._one:
-                return await in_thread(self._watched, partial(work, *args, **kwargs))
+                return await finish(asyncio.to_thread(self._watched, partial(work, *args, **kwargs)))
         finally:
             self._wanted -= 1
             if self._wanted == 0:
@@ -45,7 +45,7 @@ class Device:
             await self._idle.wait()
             async with self._one:
                 if self._idle.is_set():
-                    return await in_thread(self._watched, partial(work, *args, **kwargs))
+                    return await finish(asyncio.to_thread(self._watched, partial(work, *args, **kwargs)))
 
     def check_health(self) -> None:
         """Raise the error after which no work can be trusted, if there was one."""

@@ -15,12 +15,12 @@ from compressor_service.encoder import Encoder
 from compressor_service.facts import BadPicture, Encoded
 from ingest.frame import Frame, Receipt, SinkUnavailable
 from store.counters import Counters
+from store.finish import finish
 from store.gaps import Gap, Gaps
 from store.hot import Entry, FrameNotKept
 from store.keyframes import Keyframes
 from store.leases import Leases
 from store.room import Room
-from store.threads import in_thread
 from store.timeline import Timeline
 
 _log = logging.getLogger(__name__)
@@ -154,7 +154,7 @@ class FrameWriter:
         Pictures that users send may be large: they are decoded beside the device, so that no live frame waits for them.
         """
         async with self._decoding:
-            decoded = [await in_thread(self._encoder.decode, picture) for picture in pictures]
+            decoded = [await finish(asyncio.to_thread(self._encoder.decode, picture)) for picture in pictures]
         return await self._device.run(self._encoder.embed_decoded, decoded)
 
     def check_health(self) -> None:

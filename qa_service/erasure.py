@@ -1,6 +1,5 @@
 """Erasure of memory, with a receipt."""
 
-import asyncio
 import logging
 import time
 from uuid import uuid4
@@ -11,9 +10,10 @@ from qa_service.errors import StateConflict, inverted
 from qa_service.keys import Caller
 from qa_service.memory_schemas import ErasedCounts, ErasureReceipt
 from store.erasures import FOLLOW_EVERY_S
+from store.finish import finish
 from store.gaps import Gap
 from store.leases import Leases
-from store.memory import Erased, Memory
+from store.memory import Memory
 from store.source import Source, Stream, Video
 from store.sources import Sources
 
@@ -30,7 +30,6 @@ class Erasure:
         self._sources = sources
         self._leases = leases
         self._memory = memory
-        self._running: set[asyncio.Task[Erased]] = set()
 
     async def erase(self, caller: Caller, source_id: str, start: str | None, end: str | None) -> ErasureReceipt:
         """Erase the slots that begin in [start, end), wherever they are kept; the source itself stays.
@@ -52,10 +51,7 @@ class Erasure:
         if isinstance(source, Stream) and source.enabled and high is None and low is not None:
             high = max(clock.first_slot(self._reader.now(), source.fps), low + 1)  # what comes from now on stays
         await self._note(source, low, high)
-        erasing = asyncio.create_task(self._memory.erase(source_id, low, high))
-        self._running.add(erasing)  # the event loop alone would not keep it
-        erasing.add_done_callback(self._running.discard)
-        erased = await asyncio.shield(erasing)  # what was begun is finished, though nobody waits for the receipt
+        erased = await finish(self._memory.erase(source_id, low, high))  # though nobody waits for the receipt any more
         receipt = ErasureReceipt(
             id=f"era_{uuid4().hex[:12]}",
             source_id=source_id,
