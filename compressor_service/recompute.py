@@ -188,7 +188,7 @@ class Recomputer:
         """Return the time from which on an hour can be done; for a video that is still read, the time to look again."""
         if isinstance(source, Stream):
             return (hour + 1) * HOUR_SLOTS / source.fps + self._settle_s
-        if source.status in ("queued", "processing"):
+        if source.is_being_read:
             return self._now() + PUT_OFF_S
         return source.created_at
 

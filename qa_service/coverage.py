@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qa_service import clock
-from qa_service.errors import BadTimeRange
+from qa_service.errors import BadTimeRange, inverted
 from qa_service.schemas import GapBody, StreamRange, Time, VideoRange
 from store.gaps import Gap, GapReason
 from store.keyframes import Keyframes
@@ -33,6 +33,15 @@ def asked_seconds(source: Source, text: str, param: str) -> float:
         return clock.parse_query_time(text, live=isinstance(source, Stream))
     except ValueError as error:
         raise BadTimeRange(str(error), param=param) from None
+
+
+def asked_range(source: Source, start: str | None, end: str | None) -> tuple[float | None, float | None]:
+    """Read the times [start, end) of an address, each of which may be left out. Raises BadTimeRange."""
+    start_s = None if start is None else asked_seconds(source, start, "start")
+    end_s = None if end is None else asked_seconds(source, end, "end")
+    if start_s is not None and end_s is not None and end_s <= start_s:
+        raise inverted("end")
+    return start_s, end_s
 
 
 def write_slot(source: Source, slot: int) -> Time:

@@ -5,8 +5,8 @@ import time
 from uuid import uuid4
 
 from qa_service import clock
-from qa_service.coverage import RangeReader, asked_seconds, write_time
-from qa_service.errors import StateConflict, inverted
+from qa_service.coverage import RangeReader, asked_range, write_time
+from qa_service.errors import StateConflict
 from qa_service.keys import Caller
 from qa_service.memory_schemas import ErasedCounts, ErasureReceipt
 from store.erasures import FOLLOW_EVERY_S
@@ -38,11 +38,8 @@ class Erasure:
         """
         caller.require_source(source_id)
         source = await self._reader.source(source_id)
-        start_s = None if start is None else asked_seconds(source, start, "start")
-        end_s = None if end is None else asked_seconds(source, end, "end")
-        if start_s is not None and end_s is not None and end_s <= start_s:
-            raise inverted("end")
-        if isinstance(source, Video) and source.status in ("queued", "processing"):
+        start_s, end_s = asked_range(source, start, end)
+        if isinstance(source, Video) and source.is_being_read:
             raise StateConflict(f"{source_id} is still read: wait until it is ready, or delete it")
         if isinstance(source, Stream) and (end_s is None or end_s > self._reader.now() - IN_FLIGHT_S):
             await self._leases.revoke(source_id)  # what is on its way is refused; ingest goes on with the next picture

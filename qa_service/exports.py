@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qa_service import clock
-from qa_service.coverage import RangeReader, Reading, asked_seconds
-from qa_service.errors import EmptyRange, QueueFull, RangeTooLong, StateConflict, inverted
+from qa_service.coverage import RangeReader, Reading, asked_range
+from qa_service.errors import EmptyRange, QueueFull, RangeTooLong, StateConflict
 from qa_service.keys import Caller
 from qa_service.memory_schemas import MAX_LISTED, TimelineExport
 from store.connection import StoreUnavailable
@@ -73,12 +73,9 @@ class Exports:
         """
         caller.require_source(source_id)
         source = await self._reader.source(source_id)
-        if isinstance(source, Video) and source.status in ("queued", "processing"):
+        if isinstance(source, Video) and source.is_being_read:
             raise StateConflict(f"{source_id} is still read: export it when it is ready")
-        start_s = None if start is None else asked_seconds(source, start, "start")
-        end_s = None if end is None else asked_seconds(source, end, "end")
-        if start_s is not None and end_s is not None and end_s <= start_s:
-            raise inverted("end")
+        start_s, end_s = asked_range(source, start, end)
         extent = await self._reader.extent(source)
         if extent is None:
             raise _empty(source_id)

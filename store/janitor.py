@@ -221,7 +221,7 @@ class Janitor:
         settle = int(self._settings.seal_settle_s * source.fps)
         if isinstance(source, Stream):
             return (int(time.time() * source.fps) - settle) // HOUR_SLOTS
-        if source.status not in ("queued", "processing"):
+        if not source.is_being_read:
             return _EVER
         extents = [await timeline.extent(source.id) for timeline in await self._memory.timelines(source.id)]
         newest = max((extent[1] for extent in extents if extent is not None), default=0)
@@ -238,7 +238,7 @@ class Janitor:
         uploads, reading = set(), set()
         for video in videos:
             uploads.add(video.file)
-            if video.status in ("queued", "processing"):
+            if video.is_being_read:
                 reading.add(video.id)
         oldest = time.time() - self._settings.upload_grace_s
         erased = 0

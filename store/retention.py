@@ -172,7 +172,7 @@ class Retention:
         """Return the hour before which a source's hours get no more frames."""
         if isinstance(source, Stream):
             return int((now - self._settings.seal_settle_s) * source.fps) // HOUR_SLOTS
-        return 0 if source.status in ("queued", "processing") else _NEVER
+        return 0 if source.is_being_read else _NEVER
 
     def _tell(self, what: str, *, is_over: bool, limit: int) -> None:
         if is_over and what not in self._over:

@@ -193,5 +193,10 @@ class Video(Frozen):
     error: str | None
     damage: Damage | None
 
+    @property
+    def is_being_read(self) -> bool:
+        """Whether frames of it may come still."""
+        return self.status in ("queued", "processing")
+
 
 Source = Stream | Video

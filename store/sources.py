@@ -331,7 +331,7 @@ class Sources:
         streams = [kept.source for kept in await self._kept_streams() if not kept.purge]
         return [
             *(stream for stream in streams if isinstance(stream, Stream) and stream.enabled and not stream.deleted),
-            *(video for video in videos if video.status in ("queued", "processing")),
+            *(video for video in videos if video.is_being_read),
         ]
 
     async def restore(self, source: Source) -> bool:
