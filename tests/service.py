@@ -122,15 +122,27 @@ def named(data_dir: Path, title: str) -> list[int]:
 
 def processes_of(data_dir: Path) -> dict[int, str]:
     """Return the processes of the service that was started with a data folder: their numbers and commands."""
-    mine = f"TOKENLINE_STORE__DATA_DIR={data_dir}".encode()
-    found = {}
+    found = with_variable("TOKENLINE_STORE__DATA_DIR", str(data_dir))
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has ended meanwhile
             # The server of Redis writes its title over its environment.
-            is_redis = (process / "cwd").readlink() == data_dir.resolve() / "redis"
-            if is_redis or mine in (process / "environ").read_bytes().split(b"\0"):
-                found[int(process.name)] = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            if (process / "cwd").readlink() == data_dir.resolve() / "redis":
+                found[int(process.name)] = _command(process)
     return found
+
+
+def with_variable(name: str, value: str) -> dict[int, str]:
+    """Return the processes that were started with an environment variable: their numbers and commands."""
+    wanted, found = f"{name}={value}".encode(), {}
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended meanwhile
+            if wanted in (process / "environ").read_bytes().split(b"\0"):
+                found[int(process.name)] = _command(process)
+    return found
+
+
+def _command(process: Path) -> str:
+    return (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
 
 
 def _address(process: subprocess.Popen[str], output: Path) -> str:

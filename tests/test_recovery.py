@@ -50,7 +50,7 @@ def video(client: httpx.Client, video_id: str) -> dict[str, Any]:
 
 
 def test_a_camera_and_a_video_outlive_compressor_ingest_and_redis(service, client, tmp_path):
-    clip = encode(tmp_path / "clip.mp4", steady(100))
+    clip = encode(tmp_path / "clip.mp4", steady(60))
     with simulated_camera("--gop", "25") as cam:
         stream = client.post("/v1/streams?wait=30", json={"name": "door", "url": cam.url}).json()["id"]
         with clip.open("rb") as file:
@@ -66,7 +66,7 @@ def test_a_camera_and_a_video_outlive_compressor_ingest_and_redis(service, clien
             wait_until(lambda before=before: frames(client, stream) >= before + 3)
         done = wait_until(lambda: (body := video(client, made)).get("status") in ("ready", "failed") and body)
         assert done["status"] == "ready", done
-        assert frames(client, made) == 1000
+        assert frames(client, made) == 600
         gaps = timeline(client, stream)["gaps"]
     assert {gap["reason"] for gap in gaps} <= {"stream_down", "not_registered"}  # between two owners, before the first
     assert client.get("/v1/health/ready").status_code == 200
