@@ -6,7 +6,7 @@ synced: of one that was written just before the machine crashed there may be an 
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -197,8 +197,7 @@ class Keyframes:
         StoreUnavailable, and nothing is erased, as long as an hour of which a part stays has packs that Redis lost.
         """
         for hour in hours_cut(start, end):
-            sizes = await asyncio.to_thread(self._sizes, f"{self._folder(source_id)}/{hour}")
-            await self._packed.require_known(self._packs, source_id, LABEL, hour, np.array(list(sizes), np.int64))
+            await self._require_known(source_id, hour, await asyncio.to_thread(self._files_of, source_id, hour))
         erased = await self._erase(source_id, start, end, end)
         await self._packed.remove_leftovers(self._packs, source_id, LABEL, *hours_of(start, end))
         if start is None and end is None:
@@ -246,9 +245,14 @@ class Keyframes:
         self, source_id: str, before: Before[Pack], jpegs: Mapping[int, bytes], as_of: str | None = None
     ) -> bool:
         """Let a pack of these keyframes, or none if they are none, stand for an hour."""
+        await self._require_known(source_id, before.hour, jpegs)
         swap = partial(self._packed.replace, source_id, before, as_of=as_of)
         writing = self._packs.write(source_id, before.hour, before.next_generation, jpegs) if jpegs else None
         return await self._packed.put(self._packs, source_id, before, writing, swap)
+
+    async def _require_known(self, source_id: str, hour: int, slots: Collection[int]) -> None:
+        """Raise StoreUnavailable if Redis has lost sight of a pack that holds more of an hour than these slots."""
+        await self._packed.require_known(self._packs, source_id, LABEL, hour, np.array(list(slots), np.int64))
 
     async def _erase(self, source_id: str, start: int | None, end: int | None, packed_end: int | None) -> int:
         noted = await self._loose.read(source_id)

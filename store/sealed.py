@@ -237,15 +237,15 @@ class _Hours(ABC, Generic[M, K]):
         return done or not unnamed
 
     async def require_known(
-        self, files: HourFiles, source_id: str, label: str, hour: int, unsealed: NDArray[np.int64]
+        self, files: HourFiles, source_id: str, label: str, hour: int, slots: NDArray[np.int64]
     ) -> None:
-        """Raise StoreUnavailable if files of an hour hold more than its `unsealed` slots, and no manifest is known.
+        """Raise StoreUnavailable if no manifest of an hour is known, but files that hold more of it than these slots.
 
         Redis has lost sight of them then; else they are what a crash has left, or being written just now.
         """
         if await self.at(source_id, hour) is not None:
             return
-        if len(without(await files.slots(source_id, hour, label), unsealed)):
+        if len(without(await files.slots(source_id, hour, label), slots)):
             raise StoreUnavailable(
                 f"hour {hour} of {source_id} has files that Redis has lost sight of; the janitor looks for them: "
                 "try again in a minute"

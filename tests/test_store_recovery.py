@@ -384,6 +384,29 @@ async def test_a_part_of_an_hour_is_not_erased_before_the_rest_of_it_is_known_ag
     assert (await place.content(stream.id))[0] == expected
 
 
+async def test_nothing_takes_the_place_of_an_hour_that_redis_has_lost_sight_of(place):
+    stream = await place.camera()
+    await place.remember(stream.id, at(0, 1, 2, 3))
+    await place.seal(stream.id, FIRST)
+    before = await place.content(stream.id)
+    await place.redis.flushall()
+    await place.sources.restore(stream)
+    rows, pictures = hour_of([entry(slot) for slot in at(0, 9)]), {at(0, 9)[0]: b"late"}
+    with pytest.raises(StoreUnavailable, match="lost sight"):
+        await place.timeline.restore(stream.id, rows, "")
+    with pytest.raises(StoreUnavailable, match="lost sight"):
+        await place.memory.keyframes.restore(stream.id, FIRST, pictures, "")
+    await place.remember(stream.id, at(0, 2))
+    with pytest.raises(StoreUnavailable, match="lost sight"):
+        await place.timeline.seal(stream.id, FIRST)
+    with pytest.raises(StoreUnavailable, match="lost sight"):
+        await place.memory.keyframes.pack(stream.id, FIRST)
+    assert await place.recover() == Recovered(hours=1, packs=1)
+    assert await place.content(stream.id) == before
+    await place.seal(stream.id, FIRST)
+    assert await place.content(stream.id) == before
+
+
 async def test_what_redis_lost_is_not_there_any_more_after_it_was_erased_whole(place):
     stream = await place.camera()
     await place.remember(stream.id, at(0, 1) + at(1, 1))
