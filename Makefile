@@ -24,7 +24,8 @@ run: $(VENV)/service.stamp
 	$(BIN)/tokenline run
 
 test: $(VENV)/dev.stamp
-	$(BIN)/pytest
+	$(BIN)/pytest -m "not alone" --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(BIN)/pytest -m alone
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .

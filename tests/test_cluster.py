@@ -21,6 +21,8 @@ from store.connection import EmbeddedRedis
 from tests.ingest_parts import free_port, real_clip
 from tests.service import with_variable
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 PATIENCE_S = 180

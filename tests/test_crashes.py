@@ -13,6 +13,8 @@ from store.segments import Segments
 from store.timeline import Timeline
 from tests.crashes import BATCH, FORMAT, LEASE_S, SOURCE, STEP, Crashes, Place, start_playing
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_what_was_acknowledged_outlives_kills_of_everything(tmp_path, seed):

@@ -22,6 +22,8 @@ from deploy.evaluation import chosen_frames
 from deploy.local import EMBEDDED_MODEL
 from deploy.sample_clip import CAMERA, LIVE, RECORDED, SECONDS, SEEN_FROM_S, SOUGHT, Asked, sample_clip
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).parent.parent
 MAX_BYTES = 40e6
 

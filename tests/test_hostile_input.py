@@ -25,6 +25,8 @@ from tests.qa_http import Service, serving
 from tests.test_ingest_camera import listener
 from tests.test_ingest_service import running
 
+pytestmark = pytest.mark.alone
+
 PATIENCE_S = 30  # a refusal that takes longer has waited for somebody
 
 

@@ -28,6 +28,8 @@ from ingest.sampler import Sampler
 from tests.camera_sim import read_clock
 from tests.ingest_parts import free_port, real_clip, settings, simulated_camera
 
+pytestmark = pytest.mark.alone
+
 PASSWORD = "p@s:s/w#r d%41"
 SECRET = "wr0ng-" + "s3cret"  # in two parts, so that no source line of a traceback shows it whole
 

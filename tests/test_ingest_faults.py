@@ -30,6 +30,8 @@ from tests.camera_faults import (
 from tests.ingest_parts import MemoryDesk, MemorySink, free_port, need_simulator, settings, simulated_camera, until
 from tests.test_ingest_service import camera, running
 
+pytestmark = pytest.mark.alone
+
 AT_ONCE = 5  # so that what starts at once does not make the pictures late
 CLOCK_TOLERANCE_S = 0.5  # of pictures that are timed by their arrival, at ten a second
 

@@ -20,6 +20,8 @@ from ingest.reading_process import ReadingProcesses
 from tests.ingest_parts import MemoryDesk, MemorySink, encode, number_of, settings, simulated_camera, steady, until
 from tests.test_ingest_service import archive, camera, running
 
+pytestmark = pytest.mark.alone
+
 SECRET = "cam3ra-" + "s3cret"
 
 

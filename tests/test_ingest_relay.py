@@ -24,6 +24,8 @@ from ingest.relay import Answers, NotRtsp, Redirects
 from tests.ingest_parts import simulated_camera
 from tests.test_ingest_camera import PASSWORD, assert_silent, listener, pictures
 
+pytestmark = pytest.mark.alone
+
 CAMERA_HOST, NEIGHBOUR_HOST = "127.0.0.1", "127.0.0.2"
 ONLY_THE_CAMERA = {"allowed_networks": (f"{CAMERA_HOST}/32",), "open_timeout_s": 2.0, "read_timeout_s": 0.5}
 

@@ -18,6 +18,8 @@ from ingest.sandbox import Sandbox
 from tests.ingest_parts import free_port, real_clip, settings, simulated_camera
 from tests.test_ingest_camera import assert_silent, listener
 
+pytestmark = pytest.mark.alone
+
 PASSWORD = "p@s:s/w#r d%41"
 SECRET = "wr0ng-" + "s3cret"  # in two parts, so that no source line of a traceback shows it whole
 

@@ -27,6 +27,8 @@ from tests.ingest_parts import (
     until,
 )
 
+pytestmark = pytest.mark.alone
+
 SECRET = "wr0ng-" + "s3cret"
 
 

@@ -38,6 +38,8 @@ from store.timeline import Timeline
 from tests.ingest_parts import encode, free_port, settings, simulated_camera, steady
 from tests.test_store_connection import server_pid
 
+pytestmark = pytest.mark.alone
+
 SEGMENTS = Segments("memory://segments")  # where nothing is sealed
 
 CIPHER = Cipher(SecretStr(Fernet.generate_key().decode()))

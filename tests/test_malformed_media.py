@@ -7,6 +7,8 @@ import pytest
 
 from tests.malformed import Judged, cases, errors_of_ingest, originals, run
 
+pytestmark = pytest.mark.alone
+
 FILES, SEED = 60, 2
 
 

@@ -6,12 +6,15 @@ import sys
 from pathlib import Path
 
 import httpx
+import pytest
 
 from store.connection import EmbeddedRedis, connect
 from store.source import Video
 from tests.recompute_parts import Place, load
 from tests.service import kill_replica, running_service, wait_until
 from tests.untrained import write_untrained_checkpoint
+
+pytestmark = pytest.mark.alone
 
 FRAMES = 600
 

@@ -16,6 +16,8 @@ from tests.service_crashes import SETTINGS, crash
 from tests.small_disk import CannotMount, fill, make_room, mounted
 from tests.test_store_connection import server_pid
 
+pytestmark = pytest.mark.alone
+
 DISK_BYTES, SPARE_BYTES = 96 * 2**20, 8 * 2**20
 QUICK = {**SETTINGS, "TOKENLINE_STORE__SPARE_BYTES": str(SPARE_BYTES)}
 

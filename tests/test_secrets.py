@@ -24,6 +24,8 @@ from store.cipher import KEY_FILE
 from tests.ingest_parts import free_port, simulated_camera
 from tests.service import RunningService, processes_of, running_service, wait_until
 
+pytestmark = pytest.mark.alone
+
 USER = "adm1n-marked"
 RIGHT, WRONG, LATER, LOOKED, MISSENT = (
     f"{word}/m@rked pass#w%rd" for word in ("right", "wrong", "later", "look", "bad")

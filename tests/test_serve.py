@@ -31,6 +31,8 @@ from tests.service import (
     wait_until,
 )
 
+pytestmark = pytest.mark.alone
+
 PASSWORD = "s3cret/p@ss w#rd"
 
 
