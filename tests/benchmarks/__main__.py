@@ -93,7 +93,7 @@ def _shown(value: object) -> str:
         case None:
             return ""
         case float():
-            return f"{value:.0f}" if abs(value) >= 100 else f"{value:.2g}"
+            return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
         case _:
             return str(value)
 

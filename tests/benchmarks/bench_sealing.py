@@ -7,8 +7,9 @@ in turns: the whole range by `Timeline.read` while its hours are hot, then while
 has read it before, and the tokens' bytes from one plain file into one array. All files are in the page cache, and
 every array takes fresh pages from the system, whatever its size: else the allocator gives some of them pages that are
 warm. The middle of the repeats counts. Sealing is compared with writing a file of the tokens' bytes, syncing it and
-reading it back. The bytes of a frame are those of tokens, presence and times; `with_vectors` counts the search vectors
-as well, and nothing counts the keyframes.
+reading it back, and packing with the same of as many keyframes of 45 KB, which lie there as a file each. The bytes of a
+frame are those of tokens, presence and times; `with_vectors` counts the search vectors as well, and nothing counts the
+keyframes.
 """
 
 import argparse
@@ -25,13 +26,16 @@ from pathlib import Path
 import numpy as np
 
 from store.connection import EmbeddedRedis, StoreRedis, connect
-from store.format import HOUR_SLOTS
+from store.format import BLOCK_SLOTS, HOUR_SLOTS
+from store.keyframes import Keyframes
 from store.leases import Leases
 from store.segments import Segments
 from store.timeline import Timeline
 from store.token_cache import TokenCache
 from tests.benchmarks.bench_timeline import FORMAT, SOURCE, fill
 
+KEYFRAME_BYTES = 45_000
+PACKED_HOURS = 3
 _M_MMAP_THRESHOLD = -3  # of mallopt(3)
 Row = dict[str, object]
 
@@ -48,6 +52,22 @@ def plain_write_s(content: bytes, path: Path) -> float:
 
 async def used_bytes(redis: StoreRedis) -> int:
     return int((await redis.info("memory"))["used_memory_dataset"])
+
+
+async def pack_s(redis: StoreRedis, folder: Path, hours: int) -> tuple[list[float], list[float]]:
+    """Return how long packing takes, by hours, and how long writing as many bytes does."""
+    keyframes, chance = Keyframes(redis, str(folder / "segments")), np.random.default_rng(0)
+    jpegs = [chance.integers(0, 256, KEYFRAME_BYTES, np.uint8).tobytes() for _ in range(BLOCK_SLOTS)]
+    packed, written = [], []
+    for hour in range(hours):
+        first = hour * HOUR_SLOTS
+        for block in range(first, first + HOUR_SLOTS, BLOCK_SLOTS):
+            await keyframes.put_many({(SOURCE, block + place): jpeg for place, jpeg in enumerate(jpegs)})
+        written.append(plain_write_s(b"".join(jpegs) * (HOUR_SLOTS // BLOCK_SLOTS), folder / "written"))
+        started = time.perf_counter()
+        assert await keyframes.pack(SOURCE, hour)
+        packed.append(time.perf_counter() - started)
+    return packed, written
 
 
 async def measure(server: EmbeddedRedis, folder: Path, hours: int, repeats: int) -> Iterator[Row]:
@@ -84,7 +104,8 @@ async def measure(server: EmbeddedRedis, folder: Path, hours: int, repeats: int)
         cache = TokenCache(timeline, 2 * plain.stat().st_size)
         await cache.read(SOURCE, wanted)
         again = [await turn(cache) for _ in range(repeats)]
-    disk_bytes = sum(path.stat().st_size for path in (folder / "segments").rglob("*.safetensors"))
+        packing_s, plain_s = await pack_s(redis, folder, min(hours, PACKED_HOURS))
+    disk_bytes = sum(path.stat().st_size for path in (folder / "segments").rglob(f"{FORMAT.fingerprint}-*.safetensors"))
     rows: list[Row] = [
         {
             "benchmark": "timeline read against a file",
@@ -101,6 +122,14 @@ async def measure(server: EmbeddedRedis, folder: Path, hours: int, repeats: int)
             "case": f"an hour, middle of {hours}",
             "ratio": statistics.median(seal_s) / statistics.median(write_s),
             "against": "writing, syncing and reading back the tokens alone",
+        }
+    )
+    rows.append(
+        {
+            "benchmark": "sealing",
+            "case": f"the keyframes of an hour, middle of {len(packing_s)}",
+            "ratio": statistics.median(packing_s) / statistics.median(plain_s),
+            "against": "writing, syncing and reading back the keyframes as one file",
         }
     )
     vectors = FORMAT.vector_bytes
