@@ -445,7 +445,7 @@ def _options(name: str, scaling: Scaling, serving: ServeSettings) -> dict[str, A
         kwargs = {"target_sources": scaling.target_sources}
         bounds |= {"policy": {"policy_function": "deploy.autoscaling:SourcesPolicy", "policy_kwargs": kwargs}}
         # Load may be a burst, cameras are there to stay: until a replica has room for one, nobody records it.
-        bounds |= {"upscale_delay_s": 5.0, "look_back_period_s": 10.0}
+        bounds |= {"upscale_delay_s": 5.0, "metrics_interval_s": 5.0, "look_back_period_s": 10.0}
     return options | {"autoscaling_config": AutoscalingConfig.model_validate(bounds)}
 
 
