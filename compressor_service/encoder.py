@@ -61,25 +61,17 @@ class Encoder:
         )
 
     def decode(self, keyframe: bytes) -> Tensor:
-        """Return the pixels (parts, 3, H, W) of one keyframe. Raises BadPicture."""
+        """Return the pixels (parts, 3, H, W) of a JPEG, PNG or WebP of any size, such as a keyframe. BadPicture."""
         config = self._model.config
         return preprocess.pixels(keyframe, image_size=config.image_size, ratio=config.resolution_ratio)
 
-    def encode(self, keyframes: Sequence[bytes]) -> tuple[NDArray[np.generic], NDArray[np.float32]]:
-        """Return frame tokens (F, C2, D) in `format.numpy_dtype` and search vectors (F, P). Raises BadPicture."""
-        return self.encode_decoded([self.decode(keyframe) for keyframe in keyframes])
-
-    def encode_decoded(self, pictures: Sequence[Tensor]) -> tuple[NDArray[np.generic], NDArray[np.float32]]:
-        """Like `encode`, of what `decode` returned."""
+    def encode(self, pictures: Sequence[Tensor]) -> tuple[NDArray[np.generic], NDArray[np.float32]]:
+        """Return frame tokens (F, C2, D) in `format.numpy_dtype` and search vectors (F, P) of decoded pictures."""
         encoded = self._model.encode(torch.stack(list(pictures)))
         return _to_numpy(encoded.tokens), encoded.vectors.cpu().numpy()
 
-    def fuse_text(self, input_ids: Sequence[int], keyframes: Sequence[bytes]) -> NDArray[np.float32]:
-        """Return the SUM over the frames of the fused text (L, D), to be divided by their number. Raises BadPicture."""
-        return self.fuse_decoded(input_ids, [self.decode(keyframe) for keyframe in keyframes])
-
-    def fuse_decoded(self, input_ids: Sequence[int], pictures: Sequence[Tensor]) -> NDArray[np.float32]:
-        """Like `fuse_text`, of what `decode` returned."""
+    def fuse_text(self, input_ids: Sequence[int], pictures: Sequence[Tensor]) -> NDArray[np.float32]:
+        """Return the SUM over the frames of the fused text (L, D), to be divided by their number."""
         fused = self._model.fuse_text(torch.tensor(list(input_ids), dtype=torch.long), torch.stack(list(pictures)))
         total: NDArray[np.float32] = fused.float().sum(dim=0).cpu().numpy()
         return total
@@ -96,15 +88,11 @@ class Encoder:
         vectors: NDArray[np.float32] = self._text.embed(texts).numpy()
         return vectors
 
-    def embed_image(self, pictures: Sequence[bytes]) -> NDArray[np.float32]:
-        """Return unit vectors (n, P) of JPEG, PNG or WebP pictures of any size. Raises BadPicture."""
-        return self.embed_decoded([self.decode(picture) for picture in pictures])
-
-    def embed_decoded(self, pictures: Sequence[Tensor]) -> NDArray[np.float32]:
-        """Like `embed_image`, of what `decode` returned."""
+    def embed_image(self, pictures: Sequence[Tensor]) -> NDArray[np.float32]:
+        """Return unit vectors (n, P) of decoded pictures."""
         if not pictures:
             return np.empty((0, self.format.vector_width), np.float32)
-        return self.encode_decoded(pictures)[1]
+        return self.encode(pictures)[1]
 
 
 def _format(model: LlavaMini, checkpoint: Checkpoint, dtype: Dtype) -> TokenFormat:

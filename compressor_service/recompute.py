@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from uuid import uuid4
 
-import numpy as np
 from redis.asyncio import Redis
 
 from compressor_service.second_look import Eyes, SecondLook
@@ -31,6 +30,7 @@ from store.recomputations import (
 )
 from store.room import Room
 from store.segments import Hour
+from store.slots import NO_SLOTS, union, without
 from store.source import Source, SourceNotFound, Stream
 from store.sources import Sources
 from store.timeline import Timeline
@@ -227,12 +227,12 @@ class Recomputer:
         """Make what an hour lacks, keep it now and then, and write down how far it is."""
         begun = time.monotonic()
         job, source, hour = work.job, work.source, work.left.hour
-        unreadable = np.empty(0, np.int64)
+        unreadable = NO_SLOTS
         patience_s, tries = self._keep_every_s, 0
         while True:
             # Before keyframes are looked for: what is erased from now on must not come back.
             as_of = await self._timeline.as_of(source.id)
-            missing = np.setdiff1d(await self._second.missing(job, source, hour), unreadable)
+            missing = without(await self._second.missing(job, source, hour), unreadable)
             await self._note(work, len(missing) + len(unreadable))
             if not len(missing):
                 break
@@ -245,7 +245,7 @@ class Recomputer:
                     raise StoreUnavailable(f"the memory of {source.id} changes all the time")
                 continue
             tries = 0
-            unreadable = np.union1d(unreadable, seen.unreadable)
+            unreadable = union(unreadable, seen.unreadable)
             speed = round(seen.frames_per_s, 2)
             await self._jobs.update(job.id, facts(frames_per_s=speed, resumes_at=None, reason=None))
         await self._end(work, unreadable.tolist())

@@ -22,6 +22,7 @@ from store.hot import FrameNotKept
 from store.memory import Memory
 from store.recomputations import Recomputation
 from store.segments import Hour
+from store.slots import without
 from store.source import Source, Stream
 from store.timeline import Timeline
 
@@ -71,7 +72,7 @@ class SecondLook:
         wanted = np.zeros(len(kept), np.bool_)
         for start, end in self._spans(job, source, hour):
             wanted |= (kept >= start) & (kept < end)
-        return np.setdiff1d(kept[wanted], await self._timeline.slots(source.id, *span_of(hour)))
+        return without(kept[wanted], await self._timeline.slots(source.id, *span_of(hour)))
 
     async def look(
         self, source: Source, slots: NDArray[np.int64], patience_s: float, go_on: Callable[[], Awaitable[None]]
@@ -117,7 +118,7 @@ class SecondLook:
         for old in await self._old(source.id):
             for start, end in self._spans(job, source, hour):
                 doomed = await old.slots(source.id, start, end)
-                lacking = np.setdiff1d(doomed, await self._timeline.slots(source.id, start, end))
+                lacking = without(doomed, await self._timeline.slots(source.id, start, end))
                 if len(lacking):
                     stays = "hour %d of %s stays for model %s: %d of its frames have no keyframe that can be decoded"
                     logger.info(stays, hour, source.id, old.format.fingerprint, len(lacking))

@@ -155,7 +155,7 @@ class FrameWriter:
         """
         async with self._decoding:
             decoded = [await finish(asyncio.to_thread(self._encoder.decode, picture)) for picture in pictures]
-        return await self._device.run(self._encoder.embed_decoded, decoded)
+        return await self._device.run(self._encoder.embed_image, decoded)
 
     def check_health(self) -> None:
         """Raise the error of the device after which no pass can be trusted, if there was one."""
@@ -179,7 +179,7 @@ class FrameWriter:
             except BadPicture:
                 _log.error("%s slot %d: its kept keyframe is damaged: answers do without it", source_id, slot)
                 raise FrameNotKept(source_id, slot) from None
-        return self._encoder.fuse_decoded(input_ids, pictures)
+        return self._encoder.fuse_text(input_ids, pictures)
 
     def _encode(self, keyframes: Sequence[bytes]) -> Encoded:
         pictures = []
@@ -191,7 +191,7 @@ class FrameWriter:
                 readable[place] = False
         format = self._encoder.format
         if pictures:
-            return Encoded(format.fingerprint, readable, *self._encoder.encode_decoded(pictures))
+            return Encoded(format.fingerprint, readable, *self._encoder.encode(pictures))
         no_tokens = np.empty((0, *format.token_shape), format.numpy_dtype)
         return Encoded(format.fingerprint, readable, no_tokens, np.empty((0, format.vector_width), np.float32))
 

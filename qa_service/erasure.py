@@ -48,10 +48,15 @@ class Erasure:
         if isinstance(source, Stream) and source.enabled and high is None and low is not None:
             high = max(clock.first_slot(self._reader.now(), source.fps), low + 1)  # what comes from now on stays
         await self._note(source, low, high)
-        erased = await finish(self._memory.erase(source_id, low, high))  # though nobody waits for the receipt any more
+        return await finish(self._carry_out(source, start_s, end_s, low, high))  # whoever waits for the receipt
+
+    async def _carry_out(
+        self, source: Source, start_s: float | None, end_s: float | None, low: int | None, high: int | None
+    ) -> ErasureReceipt:
+        erased = await self._memory.erase(source.id, low, high)
         receipt = ErasureReceipt(
             id=f"era_{uuid4().hex[:12]}",
-            source_id=source_id,
+            source_id=source.id,
             start=None if start_s is None else write_time(source, start_s),
             end=None if end_s is None else write_time(source, end_s),
             erased=ErasedCounts(

@@ -18,16 +18,24 @@ _KEPT_S = 3600.0  # who follows looks every second
 _BEFORE_ALL = "0-0"
 
 
+# KEYS: log. ARGV: source id, where what is too old ends. The first write is one that Redis allows without memory.
+_NOTE = """
+redis.call('XDEL', KEYS[1], '0-0')
+redis.call('XADD', KEYS[1], 'MINID', ARGV[2], '*', 'source_id', ARGV[1])
+"""
+
+
 class Erasures:
     """A log of the sources of which something was erased. Raises StoreUnavailable."""
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
+        self._note = redis.register_script(_NOTE)
 
     async def note(self, source_id: str) -> None:
         """Tell that an erasure is done: copies that were made before must go."""
         oldest = f"{round((time.time() - _KEPT_S) * 1000)}-0"
-        await self._redis.xadd(_LOG, {"source_id": source_id}, minid=oldest, approximate=False)
+        await self._note([_LOG], [source_id, oldest])
 
     async def follow(self, forget: Callable[[str], Awaitable[None]], every_s: float = FOLLOW_EVERY_S) -> None:
         """Call `forget` for every source of which something is erased from now on, until cancelled."""

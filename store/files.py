@@ -99,14 +99,11 @@ class Files:
     def tree(self, folder: str) -> list[str]:
         """Return the paths of all files below a folder, relative to it, sorted; nothing if there is no such folder."""
         with _named_failures():
+            if self._local:
+                return sorted(_files_below(folder))
             self._fs.invalidate_cache()
             inside = f"{self._fs._strip_protocol(folder)}/"
-            # Without `on_error` a folder that cannot be read would look like an empty one.
-            options = {} if self._fs.async_impl else {"on_error": "raise"}
-            try:
-                paths: Iterable[str] = self._fs.find(folder, **options)
-            except FileNotFoundError:
-                return []
+            paths: Iterable[str] = self._fs.find(folder)
             return sorted(path.removeprefix(inside) for path in paths)
 
     def sizes(self, folder: str) -> dict[str, int]:
@@ -156,6 +153,18 @@ class Files:
         self.write({probe: b"ok"})
         with _named_failures():
             self._fs.rm_file(probe)
+
+
+def _files_below(folder: str) -> Iterator[str]:
+    """Yield the paths of files, relative to a folder. fsspec takes a folder that cannot be read for an empty one."""
+
+    def failed(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):  # erased meanwhile
+            raise error
+
+    for parent, _, names in os.walk(folder, onerror=failed):
+        for name in names:
+            yield os.path.relpath(os.path.join(parent, name), folder)  # noqa: PTH118
 
 
 def _local_content(path: str) -> bytes | None:

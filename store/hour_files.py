@@ -10,8 +10,8 @@ import json
 import re
 import struct
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -24,7 +24,6 @@ from pydantic import BaseModel, ConfigDict
 
 from store.files import Files
 from store.format import HOUR_SLOTS
-from store.slots import union
 
 SLOT_DTYPE = np.dtype("<i4")  # slots within the hour: every file has them
 
@@ -99,7 +98,7 @@ class Parsed:
         }
 
 
-class HourFiles:
+class HourFiles(ABC):
     """Files at `<root>/<source>/hours/<hour>/<label>-<generation>-<random>.safetensors`; no name is used twice.
 
     Raises StoreUnavailable when the folder or the object store cannot be read or written.
@@ -127,9 +126,9 @@ class HourFiles:
         names = await asyncio.to_thread(self._files.names, self._hour(source_id, hour))
         return sorted(name for name in names if name.startswith(f"{label}-") and _NAME.fullmatch(name))
 
-    async def slots(self, source_id: str, hour: int, label: str) -> NDArray[np.int64]:
-        """Return the slots of a source that any whole file of an hour with a label has, ascending."""
-        return await asyncio.to_thread(self._slots, source_id, hour, await self.files(source_id, hour, label))
+    @abstractmethod
+    async def manifest(self, source_id: str, hour: int, file: str) -> HourManifest:
+        """Return what a file says it is, without reading all of it. Raises HourFileDamaged and HourFileGone."""
 
     async def hours(self, source_id: str) -> list[int]:
         """Return the hours that have files."""
@@ -145,14 +144,6 @@ class HourFiles:
             if hour.isdecimal() and _NAME.fullmatch(name):
                 found.setdefault(int(hour), []).append(name)
         return found
-
-    def _slots(self, source_id: str, hour: int, files: Sequence[str]) -> NDArray[np.int64]:
-        found = []
-        for file in files:
-            with suppress(HourFileGone, HourFileDamaged):
-                within = np.frombuffer(self._read_head(source_id, hour, file).tensors["slots"], SLOT_DTYPE)
-                found.append(within + np.int64(hour * HOUR_SLOTS))
-        return union(*found)
 
     def _remove(self, source_id: str, hour: int, files: Sequence[str]) -> None:
         folder = self._hour(source_id, hour)

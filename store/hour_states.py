@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from store.format import HOUR_SLOTS
 from store.segments import Manifest
 from store.shards import shard_bytes
+from store.slots import union
 
 UNKNOWN = -1  # frames of an hour of which something is not sealed: one has to look
 
@@ -77,7 +78,7 @@ class SourceHours:
         if not marks:
             return cls(source_id, look, sealed.hours, sealed.frames, sealed, marks)
         hot = np.fromiter(marks, np.int64, len(marks))
-        hours = np.union1d(sealed.hours, hot)
+        hours = union(sealed.hours, np.sort(hot))
         frames = np.empty(len(hours), np.int64)
         frames[np.searchsorted(hours, sealed.hours)] = sealed.frames
         frames[np.searchsorted(hours, hot)] = UNKNOWN

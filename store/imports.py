@@ -103,7 +103,7 @@ class Imports:
 
     async def erased(self, source_id: str, start: int, end: int) -> list[Gap]:
         """Return which of the slots [start, end) were erased where they come from, be it after they were read there."""
-        return [gap for gap in await self._gaps.read(source_id, start, end, registered=0) if gap.reason == "erased"]
+        return [gap for gap in await self._gaps.read(source_id, start, end) if gap.reason == "erased"]
 
     async def is_alive(self, source_id: str) -> bool:
         """Return whether somebody may still be working at an import."""

@@ -7,6 +7,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -92,8 +93,7 @@ class Janitor:
     async def sweep(self) -> SweepReport:
         """Recover, erase and seal once what is due. StoreUnavailable if it was not finished; the next sweep goes on.
 
-        What is wrong with one source is left out, and does not hold up the others. Sources that wait for their recovery
-        are not sealed: an hour that is known again must not meet a new one in its place.
+        What is wrong with one source is left out, and does not hold up the others.
         Sealing comes last: on a disk that is full, the rest makes room for it. StoreFull if that was not enough.
         """
         before = self._rounds.left_out
@@ -126,9 +126,8 @@ class Janitor:
         uploads = await asyncio.to_thread(self._erase_uploads, videos)
         await asyncio.to_thread(self._settings.room.check)
         await self._for_each(stays, self._recovery.note)
-        found = [source for source in stays if source.id not in self._recovery.pending]
-        sealed = sum(await self._for_each(found, self._seal, at_once=SEALS_AT_ONCE))
-        await self._pack(found)
+        sealed = sum(await self._for_each(stays, self._seal, at_once=SEALS_AT_ONCE))
+        await self._pack(stays)
         left_out = self._rounds.left_out - before
         report = SweepReport(sealed, erased.frames.total, erased.keyframes, uploads, len(forgotten), left_out)
         if report != SweepReport():
@@ -200,14 +199,15 @@ class Janitor:
 
         Redis holds what is not sealed: pictures must not keep frames there.
         """
-        due: list[tuple[int, str]] = []
         noted = await self._memory.keyframes.noted_hours([source.id for source in sources])
-        for source in sources:
-            if hours := noted[source.id]:
-                before = await self._full_before(source)
-                due += [(hour, source.id) for hour in hours if hour < before]
+
+        async def due(source: Source) -> list[tuple[int, str]]:
+            before = await self._full_before(source)
+            return [(hour, source.id) for hour in noted[source.id] if hour < before]
+
+        found = await self._for_each([source for source in sources if noted[source.id]], due)
         await self._rounds.for_each(
-            sorted(due),
+            sorted(chain.from_iterable(found)),
             lambda one: self._memory.keyframes.pack(one[1], one[0]),
             lambda one: f"the keyframes of hour {one[0]} of {one[1]}",
             patience_s=self._settings.janitor_interval_s,

@@ -6,7 +6,7 @@ synced: of one that was written just before the machine crashed there may be an 
 
 import asyncio
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -20,7 +20,7 @@ from store.format import HOUR_SLOTS, hours_cut, hours_of
 from store.hot import FrameNotKept
 from store.hour_files import HourFileDamaged, HourFileGone
 from store.loose import LooseHours
-from store.packs import LABEL, Pack, Packs
+from store.packs import Pack, Packs
 from store.sealed import Before, PackedHours
 from store.slots import union
 
@@ -197,9 +197,10 @@ class Keyframes:
         StoreUnavailable, and nothing is erased, as long as an hour of which a part stays has packs that Redis lost.
         """
         for hour in hours_cut(start, end):
-            await self._require_known(source_id, hour, await asyncio.to_thread(self._files_of, source_id, hour))
+            loose = np.array(list(await asyncio.to_thread(self._files_of, source_id, hour)), np.int64)
+            await self._packed.require_known(self._packs, source_id, hour, loose)
         erased = await self._erase(source_id, start, end, end)
-        await self._packed.remove_leftovers(self._packs, source_id, LABEL, *hours_of(start, end))
+        await self._packed.remove_leftovers(self._packs, source_id, *hours_of(start, end))
         if start is None and end is None:
             await self._packed.drop(source_id)
             await self._loose.drop(source_id)
@@ -245,14 +246,10 @@ class Keyframes:
         self, source_id: str, before: Before[Pack], jpegs: Mapping[int, bytes], as_of: str | None = None
     ) -> bool:
         """Let a pack of these keyframes, or none if they are none, stand for an hour."""
-        await self._require_known(source_id, before.hour, jpegs)
+        await self._packed.require_known(self._packs, source_id, before.hour, np.array(list(jpegs), np.int64))
         swap = partial(self._packed.replace, source_id, before, as_of=as_of)
         writing = self._packs.write(source_id, before.hour, before.next_generation, jpegs) if jpegs else None
         return await self._packed.put(self._packs, source_id, before, writing, swap)
-
-    async def _require_known(self, source_id: str, hour: int, slots: Collection[int]) -> None:
-        """Raise StoreUnavailable if Redis has lost sight of a pack that holds more of an hour than these slots."""
-        await self._packed.require_known(self._packs, source_id, LABEL, hour, np.array(list(slots), np.int64))
 
     async def _erase(self, source_id: str, start: int | None, end: int | None, packed_end: int | None) -> int:
         noted = await self._loose.read(source_id)

@@ -9,6 +9,8 @@ PARTS = ("t", "p", "m", "v")  # of a block: tokens, presence bits, capture times
 # write what it likes: so do those that make room, and those that say who may.
 EVEN_WHEN_FULL = "redis.call('HDEL', KEYS[1], '')"
 
+LOST_SOURCES = "lost"  # set of sources of which somebody met files that Redis has lost sight of
+
 SEALED_MARK = "sealed"  # fields of marks beside those of hours
 BLOCK_MARK = "b"  # with the number of the block behind it
 

@@ -19,6 +19,12 @@ end
 """
 
 
+# KEYS: loose hours. ARGV: fields and values.
+_LEAVE = f"""{EVEN_WHEN_FULL}
+redis.call('HSET', KEYS[1], unpack(ARGV))
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class Loose:
     """The loose keyframes of an hour: their bytes, and the slot before which there are none.
@@ -36,6 +42,7 @@ class LooseHours:
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
         self._take = redis.register_script(_TAKE)
+        self._leave = redis.register_script(_LEAVE)
 
     async def add(self, sizes: Mapping[tuple[str, int], int]) -> None:
         """Note bytes that are about to be written, by source id and hour."""
@@ -69,8 +76,10 @@ class LooseHours:
         if not nbytes:
             await self._redis.hdel(key, str(hour), f"{hour}{_FROM}")
             return
-        left: dict[str, int] = {str(hour): nbytes}
-        await self._redis.hset(key, mapping=left | ({} if start is None else {f"{hour}{_FROM}": start}))  # type: ignore[arg-type]
+        fields: list[str | int] = [hour, nbytes]
+        if start is not None:
+            fields += [f"{hour}{_FROM}", start]
+        await self._leave([key], fields)
 
     async def drop(self, source_id: str) -> None:
         """Forget all hours of a source."""

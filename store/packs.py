@@ -50,7 +50,7 @@ class Packs(HourFiles):
         """Return those of the keyframes that the pack has. Raises HourFileGone and HourFileDamaged."""
         return await asyncio.to_thread(self._read, source_id, pack, slots)
 
-    async def describe(self, source_id: str, hour: int, file: str) -> Pack:
+    async def manifest(self, source_id: str, hour: int, file: str) -> Pack:
         """Return what a pack says it is, without reading its pictures. Raises HourFileDamaged and HourFileGone."""
         return _described(file, await asyncio.to_thread(self._read_head, source_id, hour, file))
 

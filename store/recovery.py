@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 from redis.asyncio import Redis
 
+from store.connection import StoreUnavailable
 from store.files import Files
 from store.format import hours_of
 from store.hour_files import (
@@ -24,7 +25,7 @@ from store.hour_files import (
     generation,
     label,
 )
-from store.keys import KeyframeKeys, TimelineKeys
+from store.keys import LOST_SOURCES, KeyframeKeys, TimelineKeys
 from store.memory import Memory
 from store.packs import LABEL, Pack, Packs
 from store.rounds import Rounds
@@ -36,6 +37,7 @@ from store.timeline import Timeline
 logger = logging.getLogger(__name__)
 
 _NOTE = "source.json"
+_LOST_AT_ONCE = 1000
 _EVER = 1 << 62
 M = TypeVar("M", bound=HourManifest)
 
@@ -83,7 +85,7 @@ class Recovery:
 
     @property
     def pending(self) -> Set[str]:
-        """The sources that have files and were not looked at since `begin`, or in vain."""
+        """The sources that are to be looked at, those that were looked at in vain included."""
         return self._pending.keys()
 
     async def note(self, source: Source) -> None:
@@ -109,8 +111,11 @@ class Recovery:
     async def go_on(self, patience_s: float | None = None) -> Recovered:
         """Let every file count that should, of each pending source that the registry knows or that has left a note.
 
+        Pending are those of `begin`, and those of which anybody has met files that Redis has lost sight of.
         No source is begun any more when the patience ends.
         """
+        met: Any = await self._redis.spop(LOST_SOURCES, _LOST_AT_ONCE)
+        self._pending |= dict.fromkeys(source_id.decode() for source_id in met)
 
         async def recover(source_id: str) -> Recovered:
             self._pending[source_id] = self._pending.pop(source_id)
@@ -190,7 +195,7 @@ class Recovery:
         self, source_id: str, known: Mapping[int, Pack], listed: Mapping[int, Sequence[str]]
     ) -> Recovered:
         async def adopt(hour: int, file: str, lost: Pack | None) -> bool:
-            found = await self._packs.describe(source_id, hour, file)
+            found = await self._packs.manifest(source_id, hour, file)
             return await self._memory.keyframes.adopt(source_id, found, lost)
 
         adopted, lost = await self._recover_hours(source_id, known, listed, adopt, self._packs)
@@ -216,7 +221,9 @@ class Recovery:
                 return False, False
             for name in sorted(names, reverse=True):
                 try:
-                    return await adopt(hour, name, manifest), False
+                    if not await adopt(hour, name, manifest):
+                        raise StoreUnavailable("it changes just now")
+                    return True, False
                 except (HourFileDamaged, HourFileGone) as error:
                     logger.error("hour %d of %s: %s", hour, source_id, error)
             logger.error("hour %d of %s has no whole file: restore it from a copy, or erase the hour", hour, source_id)

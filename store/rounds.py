@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from typing import TypeVar
@@ -53,31 +54,45 @@ class Rounds:
         """
         done: list[T] = []
         left = iter(items)
-        ends_at = None if patience_s is None else time.monotonic() + patience_s
+        ends_at = time.monotonic() + (math.inf if patience_s is None else patience_s)
+        failed = False
 
         async def work() -> None:
+            nonlocal failed
             for item in left:
-                await self._go_on()
                 try:
-                    done.append(await act(item))
-                except (StoreFull, Stopped):
+                    await self._go_on()
+                    await self._act(item, act, name, done)
+                except BaseException:
+                    failed = True
                     raise
-                except (StoreUnavailable, HourFileDamaged) as error:
-                    await self._redis.ping()
-                    logger.error("%s is left for later: %s", name(item), error)
-                    self.left_out += 1
-                except Exception:
-                    logger.exception("%s is left for later", name(item))
-                    self.left_out += 1
-                if ends_at is not None and time.monotonic() > ends_at:
+                if failed or time.monotonic() > ends_at:
                     return
 
         workers = [asyncio.create_task(work()) for _ in range(at_once)]
         try:
-            await asyncio.gather(*workers)
+            # All of them, though one fails: what a thread writes goes on, and nobody would clean up behind it.
+            await asyncio.wait(workers)
         finally:
             for worker in workers:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
+        for worker in workers:
+            worker.result()
         self.postponed += sum(1 for _ in left)
         return done
+
+    async def _act(
+        self, item: Item, act: Callable[[Item], Awaitable[T]], name: Callable[[Item], str], done: list[T]
+    ) -> None:
+        try:
+            done.append(await act(item))
+        except (StoreFull, Stopped):
+            raise
+        except (StoreUnavailable, HourFileDamaged) as error:
+            await self._redis.ping()
+            logger.error("%s is left for later: %s", name(item), error)
+            self.left_out += 1
+        except Exception:
+            logger.exception("%s is left for later", name(item))
+            self.left_out += 1

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -11,9 +12,18 @@ from redis.asyncio import Redis
 
 from store.connection import StoreUnavailable
 from store.format import BLOCKS_PER_HOUR, TokenFormat
-from store.hour_files import HourFileGone, HourFiles, HourManifest
-from store.keys import EVEN_WHEN_FULL, NEW_MARK, SEALED_MARK, KeyframeKeys, TimelineKeys, erased_key, formats_key
-from store.packs import Pack
+from store.hour_files import HourFileDamaged, HourFileGone, HourFiles, HourManifest
+from store.keys import (
+    EVEN_WHEN_FULL,
+    LOST_SOURCES,
+    NEW_MARK,
+    SEALED_MARK,
+    KeyframeKeys,
+    TimelineKeys,
+    erased_key,
+    formats_key,
+)
+from store.packs import LABEL, Pack
 from store.segments import Manifest
 from store.slots import without
 
@@ -21,7 +31,7 @@ _HOURS_PER_COMMAND = 1000
 _TRIES = 100  # of looks between which something is erased each time
 _ANY_MARK = "*"
 _CHANGES_KEPT_S = 24 * 3600  # longer than anybody packs an hour
-_DISOWNED_S = 24 * 3600  # who disowns a file removes it at once
+_DISOWNED_S = 7 * 24 * 3600  # who disowns a file removes it at once; if it dies, who recovers does
 
 # KEYS: changes, sealed hours, manifests, totals, disowned files, mark of the last erasure.
 # ARGV: hour, changes it had, manifest it had and gets, mark of erasure or _ANY_MARK, '1' if the new one is all of it.
@@ -33,7 +43,13 @@ if ARGV[5] ~= '{_ANY_MARK}' and (redis.call('GET', KEYS[6]) or '') ~= ARGV[5] th
 if ARGV[4] ~= '' and redis.call('SISMEMBER', KEYS[5], cjson.decode(ARGV[4]).file) == 1 then return 0 end
 if (redis.call('HGET', KEYS[1], hour) or '') ~= ARGV[2] then return 0 end
 if (redis.call('HGET', KEYS[3], hour) or '') ~= ARGV[3] then return 0 end
-if ARGV[6] == '1' then redis.call('HDEL', KEYS[1], hour) end
+if ARGV[6] == '1' then
+  redis.call('HDEL', KEYS[1], hour)
+  if ARGV[3] ~= '' then
+    redis.call('SADD', KEYS[5], cjson.decode(ARGV[3]).file)
+    redis.call('EXPIRE', KEYS[5], {_DISOWNED_S})
+  end
+end
 for at, sign in pairs({{[3] = -1, [4] = 1}}) do
   if ARGV[at] ~= '' then
     local manifest = cjson.decode(ARGV[at])
@@ -98,6 +114,12 @@ redis.call('EXPIRE', KEYS[2], ARGV[2])
 return disowned
 """
 
+# KEYS: sources to be looked at. ARGV: one more. The first write is one that Redis allows when it has no memory left.
+_NOTE_LOST = """
+redis.call('SREM', KEYS[1], ARGV[1])
+redis.call('SADD', KEYS[1], ARGV[1])
+"""
+
 _TOUCH = f"""{EVEN_WHEN_FULL}{NEW_MARK}
 redis.call('HSET', KEYS[1], ARGV[1], mark)
 """
@@ -137,9 +159,11 @@ class Before(Generic[M]):
 class _Hours(ABC, Generic[M, K]):
     """The manifests of all sources' sealed hours. Raises StoreUnavailable."""
 
-    def __init__(self, redis: Redis, manifest: type[M]) -> None:
+    def __init__(self, redis: Redis, manifest: type[M], label: str) -> None:
         self._redis = redis
         self._manifest = manifest
+        self._label = label  # of the files
+        self._note_lost = redis.register_script(_NOTE_LOST)
         self._touch = redis.register_script(_TOUCH)
         self._disown = redis.register_script(_DISOWN)
         self._recount = redis.register_script(_RECOUNT)
@@ -228,37 +252,39 @@ class _Hours(ABC, Generic[M, K]):
         except HourFileGone:  # an erasure took it for what a crash has left, and so the hour has changed
             return False
         done = await replace(new)
-        superseded = before.manifest if done else new
-        if superseded is None:
-            return done
-        # It may count though it was not let in: somebody found it, and adopted it.
-        unnamed = await self._disowned(source_id, before.hour, superseded.file)
-        await files.remove(source_id, before.hour, *unnamed)
-        return done or not unnamed
+        if done:  # with which the other one is disowned: it is removed as a leftover if this process ends here
+            superseded = [] if before.manifest is None else [before.manifest.file]
+        else:  # it may count though it was not let in: somebody found it, and adopted it
+            superseded = [] if new is None else await self._disowned(source_id, before.hour, new.file)
+        if superseded:
+            await files.remove(source_id, before.hour, *superseded)
+        return done or (new is not None and not superseded)
 
-    async def require_known(
-        self, files: HourFiles, source_id: str, label: str, hour: int, slots: NDArray[np.int64]
-    ) -> None:
+    async def require_known(self, files: HourFiles, source_id: str, hour: int, slots: NDArray[np.int64]) -> None:
         """Raise StoreUnavailable if no manifest of an hour is known, but files that hold more of it than these slots.
 
-        Redis has lost sight of them then; else they are what a crash has left, or being written just now.
+        Redis has lost sight of them then, and whoever recovers what is lost looks at the source next. Else they are
+        what a crash has left, or being written just now.
         """
         if await self.at(source_id, hour) is not None:
             return
-        if len(without(await files.slots(source_id, hour, label), slots)):
-            raise StoreUnavailable(
-                f"hour {hour} of {source_id} has files that Redis has lost sight of; the janitor looks for them: "
-                "try again in a minute"
-            )
+        names = await files.files(source_id, hour, self._label)
+        disowned = await self._redis.smismember(self.keys(source_id).disowned, names) if names else []
+        for name, is_disowned in zip(names, disowned, strict=True):
+            with suppress(HourFileGone, HourFileDamaged):
+                if not is_disowned and len(without((await files.manifest(source_id, hour, name)).slots, slots)):
+                    await self._note_lost([LOST_SOURCES], [source_id])
+                    raise StoreUnavailable(
+                        f"hour {hour} of {source_id} has files that Redis has lost sight of; the janitor looks for "
+                        "them: try again in a minute"
+                    )
 
-    async def remove_leftovers(
-        self, files: HourFiles, source_id: str, label: str, first: int | None, last: int | None
-    ) -> None:
+    async def remove_leftovers(self, files: HourFiles, source_id: str, first: int | None, last: int | None) -> None:
         """Remove files that no manifest names, of the hours first to last: a crash has cut short what wrote them."""
         for hour in await files.hours(source_id):
             if (first is not None and hour < first) or (last is not None and hour > last):
                 continue
-            found = await files.files(source_id, hour, label)
+            found = await files.files(source_id, hour, self._label)
             await files.remove(source_id, hour, *await self._disowned(source_id, hour, *found))
 
     async def _disowned(self, source_id: str, hour: int, *files: str) -> list[str]:
@@ -286,7 +312,7 @@ class SealedHours(_Hours[Manifest, TimelineKeys]):
     """The segments that stand for hours, for tokens of one format."""
 
     def __init__(self, redis: Redis, format: TokenFormat) -> None:
-        super().__init__(redis, Manifest)
+        super().__init__(redis, Manifest, format.fingerprint)
         self._format = format
         self._replace = redis.register_script(_REPLACE_BLOCKS)
 
@@ -332,7 +358,7 @@ class PackedHours(_Hours[Pack, KeyframeKeys]):
     """The packs that stand for the keyframes of hours."""
 
     def __init__(self, redis: Redis) -> None:
-        super().__init__(redis, Pack)
+        super().__init__(redis, Pack, LABEL)
         self._replace = redis.register_script(f"{_REPLACE}\nreturn 1")
 
     def keys(self, source_id: str) -> KeyframeKeys:

@@ -7,6 +7,7 @@ A segment holds only frames that are there: `tokens` (n, C2, D) in the model's d
 """
 
 import asyncio
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from store.format import HOUR_SLOTS, TIME_DTYPE, VECTOR_DTYPE, TokenFormat
-from store.hour_files import SLOT_DTYPE, HourFileDamaged, HourFiles, HourManifest, Parsed, Tensors
+from store.hour_files import SLOT_DTYPE, HourFileDamaged, HourFileGone, HourFiles, HourManifest, Parsed, Tensors, label
+from store.packs import LABEL as KEYFRAMES
 
 Part = Literal["tokens", "vectors", "times"]
 READ_THROUGH_ROWS = 16  # rows that nobody asked for, between two that are wanted: to read them along is quicker
@@ -52,8 +54,31 @@ class Segments(HourFiles):
         return _described(file, await asyncio.to_thread(self._read_whole, source_id, hour, file))
 
     async def describe(self, source_id: str, hour: int, file: str) -> tuple[TokenFormat, Manifest]:
-        """Return what a segment says it is, without reading its tokens. Raises HourFileDamaged and HourFileGone."""
+        """Return the format and the manifest of a segment, without reading its tokens.
+
+        Raises HourFileDamaged and HourFileGone.
+        """
         return _described(file, await asyncio.to_thread(self._read_head, source_id, hour, file))
+
+    async def formats(self, source_id: str) -> dict[TokenFormat, list[int]]:
+        """Return the formats of a source's segments, and the hours that have one; of whole ones, by a listing."""
+        found: dict[str, dict[int, str]] = {}
+        for hour, files in (await self.listing(source_id)).items():
+            for file in files:
+                if label(file) != KEYFRAMES:
+                    found.setdefault(label(file), {})[hour] = file
+        formats: dict[TokenFormat, list[int]] = {}
+        for files_by_hour in found.values():
+            for hour, file in files_by_hour.items():
+                with suppress(HourFileGone, HourFileDamaged):
+                    format, _ = await self.describe(source_id, hour, file)
+                    formats[format] = sorted(files_by_hour)
+                    break
+        return formats
+
+    async def manifest(self, source_id: str, hour: int, file: str) -> Manifest:
+        """Return what a segment says it is, without reading its tokens. Raises HourFileDamaged and HourFileGone."""
+        return (await self.describe(source_id, hour, file))[1]
 
     def _write(self, source_id: str, format: TokenFormat, hour: int, generation: int, rows: Hour) -> Manifest:
         facts = {"format": format.model_dump_json()}

@@ -29,7 +29,8 @@ class StoreSettings(BaseModel):
     keyframes_url: str | None = Field(
         default=None,
         description="Root of keyframes whose hour is not over, a file each; later they go into one file beside the "
-        "sealed hour. Without one that root. Where that is a bucket, name a folder that all nodes share.",
+        "sealed hour. Without one that root. Where that is a bucket, name a folder that all nodes share, before the "
+        "first frame: what lies loose elsewhere is not looked for.",
     )
     secret_key: SecretStr | None = Field(
         default=None,

@@ -212,7 +212,8 @@ class Timeline:
         if start is not None and end is not None and end <= start:
             return erased
         for hour in hours_cut(start, end):
-            await self._require_known(source_id, hour, await self._hot.slots(source_id, *span_of(hour)))
+            hot_slots = await self._hot.slots(source_id, *span_of(hour))
+            await self._sealed.require_known(self._segments, source_id, hour, hot_slots)
         first, last = hours_of(start, end)
         for _ in range(TRIES):
             # Hot frames first, each time: a seal in between may have brought some of them into a segment.
@@ -226,7 +227,7 @@ class Timeline:
                 break
         else:
             raise StoreUnavailable(f"the memory of {source_id} changes all the time; erase it again")
-        await self._sealed.remove_leftovers(self._segments, source_id, self.format.fingerprint, first, last)
+        await self._sealed.remove_leftovers(self._segments, source_id, first, last)
         return erased
 
     async def expire(self, source_id: str, before: int) -> ErasedFrames:
@@ -267,17 +268,13 @@ class Timeline:
     async def _replace(self, source_id: str, before: Before[Manifest], rows: Hour, as_of: str | None = None) -> bool:
         """Let a segment of these rows, or nothing if they are none, stand for an hour."""
         hour, old = before.hour, before.manifest
-        await self._require_known(source_id, hour, rows.slots)
+        await self._sealed.require_known(self._segments, source_id, hour, rows.slots)
         kept = len(await self._hot.slots(source_id, *span_of(hour))) + (0 if old is None else old.frames)
         swap = partial(self._sealed.replace, source_id, before, as_of=as_of, gone=kept - len(rows.slots))
         writing = None
         if len(rows.slots):
             writing = self._segments.write(source_id, self.format, hour, before.next_generation, rows)
         return await self._sealed.put(self._segments, source_id, before, writing, swap)
-
-    async def _require_known(self, source_id: str, hour: int, slots: NDArray[np.int64]) -> None:
-        """Raise StoreUnavailable if Redis has lost sight of a segment that holds more of an hour than these slots."""
-        await self._sealed.require_known(self._segments, source_id, self.format.fingerprint, hour, slots)
 
     async def _hour(self, source_id: str, hour: int, doomed: NDArray[np.int64] = NO_SLOTS) -> Hour:
         """Read what is kept of an hour, but for doomed slots. FrameNotKept if it changes meanwhile."""

@@ -125,8 +125,8 @@ async def seal(place: Place, redis: StoreRedis) -> None:
     """Seal every hour again and again, also the one that is still written: so seals and writes meet often."""
     timeline, keyframes, recovery = place.timeline(redis), Keyframes(redis, place.root), place.recovery(redis)
     await recovery.begin()
-    await recovery.go_on()
     while True:
+        await recovery.go_on()
         for hour in await timeline.hot_hours(SOURCE):
             await timeline.seal(SOURCE, hour)
         for hour in await keyframes.loose_hours(SOURCE):

@@ -1,6 +1,7 @@
 """Erasing a time of a source: a receipt, a reason in every later answer, and not one byte left."""
 
 import asyncio
+import logging
 from contextlib import suppress
 from pathlib import Path
 
@@ -164,7 +165,8 @@ async def test_what_only_another_model_saw_is_erased_and_told(parts: Parts, clie
     assert told["gaps"] == [{**times, "reason": "erased"}]
 
 
-async def test_an_erasure_for_whose_receipt_nobody_waits_is_finished(parts: Parts, client, monkeypatch):
+async def test_an_erasure_for_whose_receipt_nobody_waits_is_finished(parts: Parts, client, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
     video = await parts.video(range(30), duration_s=30)
     erase, begun, may_go_on = Keyframes.erase, asyncio.Event(), asyncio.Event()
 
@@ -183,6 +185,7 @@ async def test_an_erasure_for_whose_receipt_nobody_waits_is_finished(parts: Part
     with suppress(asyncio.CancelledError):
         await erasing
     assert await parts.keyframes.hours(video.id) == []
+    assert '"keyframes":30' in caplog.text  # the receipt, for whoever reads the log
 
 
 @pytest.mark.parametrize(

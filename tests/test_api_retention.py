@@ -232,7 +232,7 @@ async def test_the_answer_over_half_of_the_pictures_is_that_of_these_pictures(pa
     told = (await client.post("/v1/questions", json=asked({"video_id": video_id}))).json()
     model, prompt = whole_model(parts.checkpoint)
     side = parts.encoder.input_size_px
-    pictures = [keyframe(slot, side) for slot in range(HOUR_SLOTS, HOUR_SLOTS + 6)]
+    pictures = [parts.encoder.decode(keyframe(slot, side)) for slot in range(HOUR_SLOTS, HOUR_SLOTS + 6)]
     ids = prompt.build(QUESTION)
     text = parts.encoder.fuse_text(ids, pictures) / np.float32(6)
     slots = np.array([*range(6), *range(HOUR_SLOTS, HOUR_SLOTS + 6)])

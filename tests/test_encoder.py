@@ -76,6 +76,10 @@ def jpeg(seed, size=(112, 112), kind="JPEG"):
     return target.getvalue()
 
 
+def decoded(encoder, jpegs):
+    return [encoder.decode(one) for one in jpegs]
+
+
 def frame(source_id, slot, epoch, keyframe=None):
     return Frame(source_id, slot, slot * 1000, jpeg(slot) if keyframe is None else keyframe, epoch)
 
@@ -211,17 +215,17 @@ def test_the_encoder_gives_what_the_model_gives(folder, encoder):
     model = LlavaMini.from_pretrained(folder)
     keyframes = [jpeg(seed) for seed in range(6)]
     pictures = torch.stack([pixels(one, image_size=112, ratio=1) for one in keyframes])
-    tokens, vectors = encoder.encode(keyframes)
+    tokens, vectors = encoder.encode(decoded(encoder, keyframes))
     assert (tokens.shape, tokens.dtype, vectors.shape) == ((6, 1, 128), np.float32, (6, 48))
     np.testing.assert_allclose(tokens, model.encode_frames(pictures).numpy(), atol=1e-5)
     prompt = [5, -200, 9, 10]
     expected = model.fuse_text(torch.tensor(prompt), pictures).sum(dim=0)
-    np.testing.assert_allclose(encoder.fuse_text(prompt, keyframes), expected.numpy(), atol=1e-4)
+    np.testing.assert_allclose(encoder.fuse_text(prompt, decoded(encoder, keyframes)), expected.numpy(), atol=1e-4)
 
 
 def test_bfloat16_tokens_travel_as_their_bits(folder):
     half = load(folder, "bfloat16")
-    tokens, _ = half.encode([jpeg(1)])
+    tokens, _ = half.encode(decoded(half, [jpeg(1)]))
     assert tokens.dtype == half.format.numpy_dtype == np.uint16
     model = LlavaMini.from_pretrained(folder, dtype="bfloat16")
     expected = model.encode_frames(pixels(jpeg(1), image_size=112, ratio=1)[None])
@@ -240,11 +244,11 @@ def test_the_format_names_the_model(folder, encoder):
 def test_pictures_and_text_share_one_space(encoder):
     texts, pictures = (
         encoder.embed_text(["a red car", "a dog"]),
-        encoder.embed_image([jpeg(1), jpeg(2, (50, 90), "PNG")]),
+        encoder.embed_image(decoded(encoder, [jpeg(1), jpeg(2, (50, 90), "PNG")])),
     )
     assert texts.shape == pictures.shape == (2, 48)
     np.testing.assert_allclose(np.linalg.norm(np.concatenate((texts, pictures)), axis=1), 1, atol=1e-6)
-    np.testing.assert_allclose(pictures[0], encoder.encode([jpeg(1)])[1][0], atol=1e-6)
+    np.testing.assert_allclose(pictures[0], encoder.encode(decoded(encoder, [jpeg(1)]))[1][0], atol=1e-6)
 
 
 def test_text_vectors_are_those_of_the_whole_clip_model(folder, encoder):
@@ -256,7 +260,7 @@ def test_text_vectors_are_those_of_the_whole_clip_model(folder, encoder):
         seen = clip.get_image_features(pixels(jpeg(1), image_size=112, ratio=1)).pooler_output
     normal = torch.nn.functional.normalize
     np.testing.assert_allclose(encoder.embed_text(["a red car"]), normal(expected).numpy(), atol=1e-5)
-    np.testing.assert_allclose(encoder.embed_image([jpeg(1)]), normal(seen).numpy(), atol=1e-5)
+    np.testing.assert_allclose(encoder.embed_image(decoded(encoder, [jpeg(1)])), normal(seen).numpy(), atol=1e-5)
 
 
 def test_nothing_of_a_long_text_is_cut_off(encoder):
@@ -273,7 +277,7 @@ def test_a_checkpoint_without_a_text_half_says_what_to_do(tmp_path):
     with pytest.raises(SearchUnavailable, match="the whole CLIP model"):
         encoder.embed_text(["a dog"])
     assert not encoder.describe().searches_text
-    assert encoder.embed_image([jpeg(1)]).shape == (1, 1024)
+    assert encoder.embed_image(decoded(encoder, [jpeg(1)])).shape == (1, 1024)
 
 
 @pytest.mark.parametrize("bad", [{"device": "tpu"}, {"max_batch_frames": 0}, {"threads": 0}, {"unknown": 1}], ids=str)
@@ -290,7 +294,7 @@ async def test_frames_of_many_sources_are_kept_as_encoded_alone(redis, encoder, 
     for source in sources:
         slots = await timeline.slots(source, 0, 1000)
         assert slots.tolist() == [60, 61, 125]
-        alone = [encoder.encode([jpeg(slot)]) for slot in slots]
+        alone = [encoder.encode(decoded(encoder, [jpeg(slot)])) for slot in slots]
         np.testing.assert_allclose(await timeline.read(source, slots), [one[0][0] for one in alone], atol=1e-5)
         np.testing.assert_allclose(await timeline.vectors(source, slots), [one[1][0] for one in alone], atol=1e-3)
         assert (await timeline.times(source, slots)).tolist() == [60_000, 61_000, 125_000]
@@ -328,7 +332,7 @@ async def test_text_fused_from_the_store_equals_text_fused_from_the_pictures(red
     await writer.put([[frame("str_e", slot, epochs["str_e"]) for slot in range(3)]])
     prompt = [5, 6, -200, 9, 10, 11]
     fused = await writer.fuse_text(prompt, [("str_d", [0, 1, 2, 3, 5]), ("str_e", [2])])
-    expected = encoder.fuse_text(prompt, [jpeg(slot) for slot in (0, 1, 2, 3, 5, 2)])
+    expected = encoder.fuse_text(prompt, decoded(encoder, [jpeg(slot) for slot in (0, 1, 2, 3, 5, 2)]))
     np.testing.assert_allclose(fused, expected, atol=1e-4)
     with pytest.raises(FrameNotKept):
         await writer.fuse_text(prompt, [("str_d", [0, 77])])
@@ -355,7 +359,7 @@ async def test_many_callers_at_once_get_their_own_results(redis, encoder, writer
     )
     assert receipts == [[Receipt()]] * 8
     np.testing.assert_allclose(texts, encoder.embed_text(["a red car"]), atol=1e-6)
-    np.testing.assert_allclose(fused_once, encoder.embed_image([jpeg(3)]), atol=1e-6)
+    np.testing.assert_allclose(fused_once, encoder.embed_image(decoded(encoder, [jpeg(3)])), atol=1e-6)
     writer.check_health()
 
 
@@ -382,7 +386,9 @@ async def test_live_frames_do_not_wait_for_a_picture_that_somebody_sent_and_few_
         may_end.set()
         found = await asyncio.gather(*searches)
     assert len(begun) == len(searches)
-    np.testing.assert_allclose(np.concatenate(found), encoder.embed_image([sent] * len(searches)), atol=1e-6)
+    np.testing.assert_allclose(
+        np.concatenate(found), encoder.embed_image(decoded(encoder, [sent] * len(searches))), atol=1e-6
+    )
     assert (await writer.embed_image([])).shape == (0, 48)
 
 

@@ -16,6 +16,7 @@ import pytest
 from cryptography.fernet import Fernet
 from pydantic import SecretStr
 
+from store import files
 from store.cipher import Cipher
 from store.connection import EmbeddedRedis, StoreFull, StoreRedis, StoreUnavailable, connect
 from store.events import BEFORE_ALL, Events
@@ -268,7 +269,8 @@ async def test_a_source_that_cannot_be_read_does_not_hold_up_the_others(redis, t
     bad, good = streams
     (Path(store.settings.segments_root) / bad / "hours").write_text("a file where a folder was")
     report = await store.janitor.sweep()
-    assert (report.sealed, report.left_out) == (1, 2)  # neither its frames nor its pictures could be moved
+    # Nothing of it could be looked for, and neither its frames nor its pictures could be moved.
+    assert (report.sealed, report.left_out) == (1, 3)
     assert sealed_hours(store, good)
     assert len(await store.timeline.slots(bad, 0, 10**12)) == 1
     (Path(store.settings.segments_root) / bad / "hours").unlink()
@@ -296,19 +298,27 @@ async def test_what_makes_room_goes_on_in_a_redis_without_memory(tmp_path):
     with EmbeddedRedis.start(tmp_path) as server:
         async with connect(server.url) as redis:
             store = opened(redis, tmp_path)
-            stream = await store.sources.create_stream(NewStream(name="door", url="rtsp://cam/door", retention_hours=9))
             first = (int(time.time()) // HOUR_SLOTS - 4) * HOUR_SLOTS
+            new = NewStream(name="door", url="rtsp://cam/door", retention_hours=9, keyframe_hours=1)
+            stream = await store.sources.create_stream(new)
+            purged = await store.sources.create_stream(NewStream(name="gate", url="rtsp://cam/gate"))
             full, doomed = range(first, first + 600), range(first + HOUR_SLOTS, first + HOUR_SLOTS + 600)
             await store.remember(stream.id, [*full, *doomed])
+            await store.remember(purged.id, [*full])
+            await store.sources.delete_stream(purged.id, purge=True)
             await fill_memory(redis)
             with pytest.raises(StoreFull):
                 await store.remember(stream.id, [int(time.time())])
-            assert (await store.timeline.erase(stream.id, doomed[0], doomed[-1] + 1)).hot == len(doomed)
+            memory = Memory(redis, Segments(store.settings.segments_root), store.keyframes)
+            erased = await memory.erase(stream.id, doomed[0] + 1, doomed[-1] + 1)
+            assert (erased.frames.hot, erased.keyframes) == (len(doomed) - 1, len(doomed) - 1)
             await fill_memory(redis)
             sweeping = asyncio.create_task(store.janitor.run())
-            await until(lambda: sealed_hours(store, stream.id) == {first // HOUR_SLOTS})
+            await until(lambda: sealed_hours(store, stream.id) == {first // HOUR_SLOTS, first // HOUR_SLOTS + 1})
+            await until(lambda: not (Path(store.settings.segments_root) / purged.id).exists())
             sweeping.cancel()
-            assert (await store.timeline.slots(stream.id, 0, 10**12)).tolist() == list(full)
+            assert (await store.timeline.slots(stream.id, 0, 10**12)).tolist() == [*full, doomed[0]]
+            assert await store.keyframes.hours(stream.id) == []
 
 
 async def fill_memory(redis: StoreRedis) -> None:
@@ -389,3 +399,40 @@ async def test_pictures_that_come_behind_their_pack_are_packed_too(store):
         assert await store.keyframes.noted_hours([stream.id]) == {stream.id: []}
     [pack] = await store.keyframes.packed(stream.id)
     assert pack.slots.tolist() == [first, first + 1, first + 2]
+
+
+async def test_a_source_of_which_nothing_can_be_told_holds_up_no_packing(redis, tmp_path):
+    store = opened(redis, tmp_path, every_s=60)
+    first = (int(time.time()) // HOUR_SLOTS - 4) * HOUR_SLOTS
+    stream = await store.sources.create_stream(NewStream(name="door", url="rtsp://cam/door"))
+    video = await store.sources.create_video(NewVideo(name="film", url="http://host/film.mp4"))
+    await store.remember(stream.id, [first, first + 1])
+    await store.remember(video.id, [0, 1])
+    await redis.delete(*await redis.keys(f"tl:{{{video.id}}}*:p:*"))  # as a Redis that evicts would
+    report = await store.janitor.sweep()
+    assert (report.sealed, report.left_out) == (1, 2)
+    assert len(await store.keyframes.packed(stream.id)) == 1
+
+
+async def test_a_disk_that_fills_up_under_one_seal_lets_the_others_end(redis, tmp_path, monkeypatch):
+    store = opened(redis, tmp_path, every_s=60)
+    first = (int(time.time()) // HOUR_SLOTS - 4) * HOUR_SLOTS
+    streams = [(await store.sources.create_stream(NewStream(name=f"{n}", url=f"rtsp://cam/{n}"))).id for n in range(3)]
+    for stream in streams:
+        await store.remember(stream, [first, first + 1])
+    write = files._write_whole
+
+    def slow_or_full(path: Path, content: bytes, *, synced: bool) -> None:
+        if "hours" in path.parts:
+            if streams[-1] in path.parts:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            time.sleep(0.2)
+        write(path, content, synced=synced)
+
+    monkeypatch.setattr(files, "_write_whole", slow_or_full)
+    with pytest.raises(StoreFull):
+        await store.janitor.sweep()
+    await asyncio.sleep(0.5)
+    for stream in streams[:-1]:
+        [counts] = await store.timeline.sealed(stream)
+        assert await store.timeline._segments.listing(stream) == {counts.hour: [counts.file]}

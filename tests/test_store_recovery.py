@@ -384,6 +384,57 @@ async def test_a_part_of_an_hour_is_not_erased_before_the_rest_of_it_is_known_ag
     assert (await place.content(stream.id))[0] == expected
 
 
+async def test_an_erasure_whose_files_stay_for_a_moment_is_finished_by_the_next_one(place, monkeypatch):
+    """The range cuts an hour, but holds all of its frames: then nothing but the old file tells of them."""
+    stream = await place.camera()
+    await place.remember(stream.id, at(0, *range(1800, 1900)))
+    await place.seal(stream.id, FIRST)
+    remove = Segments.remove
+
+    async def fails_once(self: Segments, *about: object) -> None:
+        monkeypatch.undo()
+        raise StoreUnavailable("the bucket is away")
+
+    monkeypatch.setattr(Segments, "remove", fails_once)
+    with pytest.raises(StoreUnavailable, match="away"):
+        await place.memory.erase(stream.id, at(0, 1700)[0], at(1, 0)[0])
+    assert Segments.remove is remove
+    await place.memory.erase(stream.id, at(0, 1700)[0], at(1, 0)[0])
+    assert (await place.content(stream.id))[0] == []
+    assert Files(place.root).tree(f"{place.root}/{stream.id}/hours") == []
+    await place.remember(stream.id, at(0, 10))
+    await place.seal(stream.id, FIRST)  # a late frame: nothing stands in its way
+
+
+async def test_what_anybody_meets_of_lost_files_is_looked_for_next(place):
+    stream = await place.camera()
+    before = await place.timeline.as_of(stream.id)
+    rows = hour_of([entry(slot) for slot in at(0, *range(0, 50, 10))])
+    await place.timeline._segments.write(stream.id, FORMAT, FIRST, 1, rows)  # and whoever wrote it is killed
+    recovery = place.recovery()
+    assert await recovery.go_on() == Recovered()
+    fewer = hour_of([entry(slot) for slot in at(0, 0, 10, 60)])
+    with pytest.raises(StoreUnavailable, match="the janitor looks for them"):
+        await place.timeline.restore(stream.id, fewer, before)
+    assert await recovery.go_on() == Recovered(hours=1)
+    assert recovery.pending == set()
+    assert await place.timeline.restore(stream.id, fewer, before)
+    assert (await place.timeline.slots(stream.id, 0, 10**12)).tolist() == at(0, *range(0, 50, 10), 60)
+
+
+async def test_a_file_that_nobody_can_read_stands_in_nobodys_way(on_disk):
+    stream = await on_disk.camera()
+    await on_disk.remember(stream.id, at(0, 1, 2))
+    left = await on_disk.timeline._segments.write(stream.id, FORMAT, FIRST, 1, hour_of([entry(at(0, 3)[0])]))
+    [path] = files(on_disk, 0, FORMAT.fingerprint)
+    path.write_bytes(path.read_bytes().replace(b"float16", b"float61"))
+    assert (await on_disk.recover()).lost == 1
+    await on_disk.memory.erase(stream.id, at(0, 1)[0], at(0, 2)[0])
+    await on_disk.seal(stream.id, FIRST)
+    assert (await on_disk.timeline.slots(stream.id, 0, 10**12)).tolist() == at(0, 2)
+    assert left.file not in {one.name for one in files(on_disk, 0, "*")}
+
+
 async def test_nothing_takes_the_place_of_an_hour_that_redis_has_lost_sight_of(place):
     stream = await place.camera()
     await place.remember(stream.id, at(0, 1, 2, 3))
@@ -467,23 +518,22 @@ async def test_a_source_whose_files_cannot_be_looked_at_does_not_hold_up_the_oth
         assert (recovery.pending, (await on_disk.content(bad))[0]) == (set(), at(0, 1, 2))
 
 
-async def test_a_source_is_not_sealed_before_it_is_looked_at_and_each_sweep_looks_at_some(on_disk, tmp_path):
+async def test_each_sweep_looks_at_some_sources_and_seals_what_it_may(on_disk, tmp_path):
     streams = [(await on_disk.camera(NewStream(name=f"{n}", url=f"rtsp://cam/{n}"))).id for n in range(4)]
     for stream in streams:
         await on_disk.remember(stream, at(45, *range(1, 9)))
         await on_disk.seal(stream, FIRST + 45)
     await on_disk.redis.flushall()
     for stream in streams:
-        source = await on_disk.recovery()._restore_source(stream)
-        assert source
-        await on_disk.remember(stream, at(45, 10))  # late
+        assert await on_disk.recovery()._restore_source(stream)
+        await on_disk.remember(stream, at(45, 10) + at(46, 1))  # one is late
     settings = StoreSettings(data_dir=tmp_path, segments_url=on_disk.root, janitor_interval_s=1e-6, spare_bytes=0)
     janitor = Janitor(on_disk.redis, on_disk.sources, on_disk.memory, settings)
     for looked_at in range(1, 5):
-        assert (await janitor.sweep()).sealed == 1
+        assert (await janitor.sweep()).sealed == (5 if looked_at == 1 else 1)
         assert len(janitor._recovery.pending) == 4 - looked_at
     for stream in streams:
-        assert (await on_disk.timeline.slots(stream, 0, 10**12)).tolist() == at(45, *range(1, 9), 10)
+        assert (await on_disk.timeline.slots(stream, 0, 10**12)).tolist() == at(45, *range(1, 9), 10) + at(46, 1)
         assert await on_disk.timeline.hot_hours(stream) == []
 
 

@@ -106,7 +106,8 @@ class FrameByFrame:
 
 async def remember(parts: Parts, pictures: Sequence[bytes], frames: int) -> str:
     """Keep `frames` frames, the pictures again and again, and return the id of their video."""
-    encoded = [parts.encoder.encode(pictures[first : first + 32]) for first in range(0, len(pictures), 32)]
+    decoded = [parts.encoder.decode(picture) for picture in pictures]
+    encoded = [parts.encoder.encode(decoded[first : first + 32]) for first in range(0, len(decoded), 32)]
     seen = [one for tokens, vectors in encoded for one in zip(tokens, vectors, strict=True)]
     video = await parts.video((), duration_s=frames)
     epoch = await Leases(parts.redis).acquire(video.id, "bench", 3600)

@@ -317,7 +317,9 @@ def _all(searches: Sequence[Search], query: Vectors) -> None:
 def measure_drawn(frames: int) -> None:
     """Search the clips of the drawn world for what people type."""
     encoder = Encoder.load(EMBEDDED_MODEL, "float32", CompressorSettings())
-    vectors = np.concatenate([encoder.encode(some)[1] for some in drawn_minutes(frames)])
+    vectors = np.concatenate(
+        [encoder.encode([encoder.decode(one) for one in some])[1] for some in drawn_minutes(frames)]
+    )
     vectors = vectors.astype(np.float16).astype(np.float32)
     shard = Shard.in_bytes(np.arange(len(vectors)), vectors)
     queries = encoder.embed_text([phrase.text for phrase in phrases()])
