@@ -583,13 +583,17 @@ async def test_a_janitor_looks_again_whenever_redis_has_been_started_anew(tmp_pa
             janitor = Janitor(redis, place.sources, place.memory, settings)
             sweeping = asyncio.create_task(janitor.run())
             known: list[str | None] = [None]
+
+            def has_looked() -> bool:
+                return janitor._recovered not in known and not janitor._recovery.pending
+
             for _ in range(2):
-                await until(lambda: janitor._recovered not in known)
+                await until(has_looked)
                 known.append(janitor._recovered)
                 await redis.delete(*await redis.keys(f"*{stream.id}*"))
                 assert await place.timeline.extent(stream.id) is None
                 os.kill(server_pid(tmp_path), signal.SIGKILL)
-                await until(lambda: janitor._recovered not in known)
+                await until(has_looked)
             assert (await place.content(stream.id))[0] == at(0, 1, 2)
             sweeping.cancel()
             await asyncio.gather(sweeping, return_exceptions=True)
