@@ -60,6 +60,7 @@ class Keyframes:
             for (source_id, hour), nbytes in sizes.items():
                 await self._loose.take(source_id, hour, nbytes)
             raise
+        await self._loose.note(sizes)
 
     async def get(self, source_id: str, slot: int) -> bytes:
         """Return one keyframe; FrameNotKept."""
@@ -137,7 +138,7 @@ class Keyframes:
         for hour, folder in listed.items():
             if hour not in noted:
                 sizes = await asyncio.to_thread(self._sizes, folder)
-                await self._loose.leave(source_id, hour, sum(sizes.values()))
+                await self._loose.note({(source_id, hour): sum(sizes.values())})
         return sorted({*listed, *noted})
 
     async def recount(self, source_id: str) -> None:
@@ -154,7 +155,7 @@ class Keyframes:
         loose = await asyncio.to_thread(self._files_of, source_id, hour)
         if not loose:
             if noted is not None:
-                await self._loose.take(source_id, hour, noted.nbytes)
+                await self._take(source_id, hour, noted.nbytes)
             return True
         contents = await asyncio.to_thread(self._files.read, list(loose.values()))
         jpegs = {slot: jpeg for slot, jpeg in zip(loose, contents, strict=True) if jpeg}
@@ -163,7 +164,7 @@ class Keyframes:
             return False
         await asyncio.to_thread(self._remove_loose, f"{self._folder(source_id)}/{hour}", list(loose.values()))
         if noted is not None:
-            await self._loose.take(source_id, hour, noted.nbytes)
+            await self._take(source_id, hour, noted.nbytes)
         return True
 
     async def adopt(self, source_id: str, found: Pack, lost: Pack | None) -> bool:
@@ -252,14 +253,16 @@ class Keyframes:
         return await self._packed.put(self._packs, source_id, before, writing, swap)
 
     async def _erase(self, source_id: str, start: int | None, end: int | None, packed_end: int | None) -> int:
-        noted = await self._loose.read(source_id)
+        noted = await self._loose.read(source_id)  # before the listing, as above
         erased, left = await asyncio.to_thread(self._erase_loose, source_id, start, end)
-        for hour, nbytes in left.items():
+        for hour in left:
             await self._packed.touch(source_id, hour)  # who packs them just now has read what is gone
-            await self._loose.leave(source_id, hour, nbytes, end if start is None else None)
-        for hour in noted:
+        for hour, one in noted.items():
             if hour not in left and _is_within(hour, start, end):  # a crash has kept them from being written
-                await self._loose.leave(source_id, hour, 0)
+                await self._take(source_id, hour, one.nbytes)
+        for hour, nbytes in left.items():
+            before = noted[hour].nbytes if hour in noted else 0
+            await self._take(source_id, hour, before - nbytes, end if start is None else None)
         first, last = hours_of(start, packed_end)
         for _ in range(TRIES):
             done = [
@@ -285,6 +288,16 @@ class Keyframes:
             return None
         left = {slot: jpeg for slot, jpeg in content.items() if slot not in doomed}
         return len(doomed) if await self._replace(source_id, before, left) else None
+
+    async def _take(self, source_id: str, hour: int, nbytes: int, start: int | None = None) -> None:
+        """Note that so many bytes of an hour are not loose any more, and what is there if nothing would be noted then.
+
+        They may be those of a keyframe that was written a moment after the listing: nobody would find it again.
+        """
+        if not await self._loose.take(source_id, hour, nbytes, start):
+            sizes = await asyncio.to_thread(self._sizes, f"{self._folder(source_id)}/{hour}")
+            if sizes:
+                await self._loose.note({(source_id, hour): sum(sizes.values())})
 
     def _path(self, source_id: str, slot: int) -> str:
         return f"{self._folder(source_id)}/{slot // HOUR_SLOTS}/{slot}.jpg"

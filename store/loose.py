@@ -11,17 +11,19 @@ from store.keys import EVEN_WHEN_FULL, KeyframeKeys
 _FROM = ":from"
 _SOURCES_PER_TRIP = 250
 
-# KEYS: loose hours. ARGV: hour, bytes that are not loose any more.
+# KEYS: loose hours. ARGV: hours and their bytes.
+_NOTE = f"""{EVEN_WHEN_FULL}
+for i = 1, #ARGV, 2 do redis.call('HSETNX', KEYS[1], ARGV[i], ARGV[i + 1]) end
+"""
+
+# KEYS: loose hours. ARGV: hour, bytes that are not loose any more, and '' or the slot before which there are none.
 _TAKE = f"""{EVEN_WHEN_FULL}
 if redis.call('HINCRBY', KEYS[1], ARGV[1], -ARGV[2]) <= 0 then
   redis.call('HDEL', KEYS[1], ARGV[1], ARGV[1] .. '{_FROM}')
+  return 0
 end
-"""
-
-
-# KEYS: loose hours. ARGV: fields and values.
-_LEAVE = f"""{EVEN_WHEN_FULL}
-redis.call('HSET', KEYS[1], unpack(ARGV))
+if ARGV[3] ~= '' then redis.call('HSET', KEYS[1], ARGV[1] .. '{_FROM}', ARGV[3]) end
+return 1
 """
 
 
@@ -41,14 +43,27 @@ class LooseHours:
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
+        self._note = redis.register_script(_NOTE)
         self._take = redis.register_script(_TAKE)
-        self._leave = redis.register_script(_LEAVE)
 
     async def add(self, sizes: Mapping[tuple[str, int], int]) -> None:
         """Note bytes that are about to be written, by source id and hour."""
         async with self._redis.pipeline(transaction=False) as pipe:
             for (source_id, hour), nbytes in sizes.items():
                 pipe.hincrby(KeyframeKeys(source_id).loose, str(hour), nbytes)
+            await pipe.execute()
+
+    async def note(self, sizes: Mapping[tuple[str, int], int]) -> None:
+        """Note bytes that were written, by source id and hour, of hours of which nothing is noted.
+
+        Who packed or erased while they were written has not seen them, but may have taken their bytes with the others.
+        """
+        of_sources: dict[str, list[int]] = {}
+        for (source_id, hour), nbytes in sizes.items():
+            of_sources.setdefault(source_id, []).extend((hour, nbytes))
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for source_id, arguments in of_sources.items():
+                await self._note([KeyframeKeys(source_id).loose], arguments, client=pipe)
             await pipe.execute()
 
     async def read(self, source_id: str) -> dict[int, Loose]:
@@ -66,20 +81,13 @@ class LooseHours:
                 found |= zip(some, map(parse_loose, await pipe.execute()), strict=True)
         return found
 
-    async def take(self, source_id: str, hour: int, nbytes: int) -> None:
-        """Note that so many bytes of an hour are packed now, or were never written."""
-        await self._take([KeyframeKeys(source_id).loose], [hour, nbytes])
+    async def take(self, source_id: str, hour: int, nbytes: int, start: int | None = None) -> bool:
+        """Note that so many bytes of an hour are packed or erased now, or were never written; True if more are noted.
 
-    async def leave(self, source_id: str, hour: int, nbytes: int, start: int | None = None) -> None:
-        """Note what an erasure has left of an hour, and the slot before which it left none."""
-        key = KeyframeKeys(source_id).loose
-        if not nbytes:
-            await self._redis.hdel(key, str(hour), f"{hour}{_FROM}")
-            return
-        fields: list[str | int] = [hour, nbytes]
-        if start is not None:
-            fields += [f"{hour}{_FROM}", start]
-        await self._leave([key], fields)
+        `start` is the slot before which there are none any more.
+        """
+        arguments = [hour, nbytes, "" if start is None else start]
+        return bool(await self._take([KeyframeKeys(source_id).loose], arguments))
 
     async def drop(self, source_id: str) -> None:
         """Forget all hours of a source."""

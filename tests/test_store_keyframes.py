@@ -1,6 +1,8 @@
 """Keyframes in a local folder and in an object store, by one contract."""
 
 import asyncio
+import threading
+from collections.abc import Mapping
 from uuid import uuid4
 
 import fsspec
@@ -9,6 +11,7 @@ import pytest
 from store.cipher import Cipher, WrongKey
 from store.connection import StoreRedis, StoreUnavailable
 from store.files import Files
+from store.format import HOUR_SLOTS
 from store.hot import FrameNotKept
 from store.keyframes import Keyframes
 from store.loose import LooseHours
@@ -155,6 +158,69 @@ async def test_what_could_not_be_written_does_not_count(redis, tmp_path):
         await keyframes.put_many({("str_a", 2): b"more", ("str_b", 1): b"none"})
     assert {hour: one.nbytes for hour, one in (await loose.read("str_a")).items()} == {0: 4}
     assert await loose.read("str_b") == {}
+
+
+async def being_written(
+    keyframes: Keyframes, slot: int, jpeg: bytes, monkeypatch: pytest.MonkeyPatch
+) -> tuple[asyncio.Task[None], threading.Event]:
+    """A keyframe that is noted already, and is written when the event is set."""
+    write, begun, go_on = Files.write, threading.Event(), threading.Event()
+
+    def write_later(self: Files, files: Mapping[str, bytes]) -> None:
+        begun.set()
+        assert go_on.wait(20)
+        write(self, files)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Files, "write", write_later)
+        putting = asyncio.create_task(keyframes.put("str_a", slot, jpeg))
+        assert await asyncio.to_thread(begun.wait, 20)
+    return putting, go_on
+
+
+@pytest.mark.parametrize("act", ["pack", "expire"])
+@pytest.mark.parametrize("others", [{}, {2: b"more", 3: b"most"}], ids=["alone", "with others"])
+async def test_a_keyframe_that_is_written_while_its_hour_is_packed_or_erased_is_noted_and_packed(
+    redis, tmp_path, monkeypatch, act, others
+):
+    keyframes, loose = Keyframes(redis, str(tmp_path)), LooseHours(redis)
+    await keyframes.put_many({("str_a", slot): jpeg for slot, jpeg in others.items()})
+    putting, go_on = await being_written(keyframes, 1, b"late", monkeypatch)
+    await (keyframes.pack("str_a", 0) if act == "pack" else keyframes.expire("str_a", HOUR_SLOTS))
+    assert await loose.read("str_a") == {}
+    go_on.set()
+    await putting
+    assert {hour: one.nbytes for hour, one in (await loose.read("str_a")).items()} == {0: 4}
+    assert await keyframes.pack("str_a", 0)
+    assert await loose.read("str_a") == {}
+    [pack] = await keyframes.packed("str_a")
+    assert pack.slots.tolist() == [1, *(others if act == "pack" else ())]
+
+
+@pytest.mark.parametrize("act", ["pack", "expire"])
+async def test_a_keyframe_that_comes_before_its_bytes_are_taken_with_others_is_noted_and_packed(
+    redis, tmp_path, monkeypatch, act
+):
+    keyframes, loose = Keyframes(redis, str(tmp_path)), LooseHours(redis)
+    await keyframes.put("str_a", 2, b"more")
+    putting, go_on = await being_written(keyframes, 1, b"late", monkeypatch)
+    take, about_to_take = LooseHours.take, asyncio.Event()
+
+    async def take_late(self: LooseHours, *about: object) -> object:
+        about_to_take.set()
+        await putting
+        return await take(self, *about)
+
+    monkeypatch.setattr(LooseHours, "take", take_late)
+    acting = asyncio.create_task(keyframes.pack("str_a", 0) if act == "pack" else keyframes.expire("str_a", HOUR_SLOTS))
+    await about_to_take.wait()
+    go_on.set()
+    await acting
+    assert {hour: one.nbytes for hour, one in (await loose.read("str_a")).items()} == {0: 4}
+    assert await keyframes.pack("str_a", 0)
+    assert await loose.read("str_a") == {}
+    [pack] = await keyframes.packed("str_a")
+    assert pack.slots.tolist() == ([1, 2] if act == "pack" else [1])
 
 
 async def test_a_usable_root_is_writable_and_left_as_it_was(keyframes, tmp_path):
