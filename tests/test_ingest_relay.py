@@ -4,7 +4,6 @@ import datetime
 import socket
 import ssl
 import threading
-import time
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from ingest.assignment import Camera
 from ingest.camera import CameraFault, CameraRedirects, CameraUnreachable
 from ingest.relay import Answers, NotRtsp, Redirects
 from tests.ingest_parts import simulated_camera
+from tests.service import wait_until
 from tests.test_ingest_camera import PASSWORD, assert_silent, listener, pictures
 
 pytestmark = pytest.mark.alone
@@ -297,10 +297,7 @@ def test_a_camera_without_tls_is_named():
 def test_the_end_of_a_reader_ends_the_session_of_the_camera():
     with simulated_camera() as camera:
         pictures(Camera(camera.url), 1)
-        deadline = time.monotonic() + 10
-        while not camera.times("teardown"):  # it is told of by another process
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_until(lambda: camera.times("teardown"))  # it is told of by another process
 
 
 def test_no_thread_and_no_socket_is_left_behind():
@@ -310,10 +307,7 @@ def test_no_thread_and_no_socket_is_left_behind():
             with pytest.raises(CameraFault):
                 pictures(Camera(url), 1, **ONLY_THE_CAMERA)
         assert not [thread for thread in threading.enumerate() if thread.name == "relay"]
-        deadline = time.monotonic() + 5
-        while descriptors() != before:  # the camera, which is of this process, closes its side a moment later
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_until(lambda: descriptors() == before)  # the camera, which is of this process, closes its side last
 
 
 def descriptors() -> int:

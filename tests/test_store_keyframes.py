@@ -178,6 +178,15 @@ async def being_written(
     return putting, go_on
 
 
+async def packed_when_noted(keyframes: Keyframes, loose: LooseHours, nbytes: int) -> list[int]:
+    """Pack the first hour, of which so many bytes are noted, and return the slots that are packed then."""
+    assert {hour: one.nbytes for hour, one in (await loose.read("str_a")).items()} == {0: nbytes}
+    assert await keyframes.pack("str_a", 0)
+    assert await loose.read("str_a") == {}
+    [pack] = await keyframes.packed("str_a")
+    return pack.slots.tolist()
+
+
 @pytest.mark.parametrize("act", ["pack", "expire"])
 @pytest.mark.parametrize("others", [{}, {2: b"more", 3: b"most"}], ids=["alone", "with others"])
 async def test_a_keyframe_that_is_written_while_its_hour_is_packed_or_erased_is_noted_and_packed(
@@ -190,11 +199,7 @@ async def test_a_keyframe_that_is_written_while_its_hour_is_packed_or_erased_is_
     assert await loose.read("str_a") == {}
     go_on.set()
     await putting
-    assert {hour: one.nbytes for hour, one in (await loose.read("str_a")).items()} == {0: 4}
-    assert await keyframes.pack("str_a", 0)
-    assert await loose.read("str_a") == {}
-    [pack] = await keyframes.packed("str_a")
-    assert pack.slots.tolist() == [1, *(others if act == "pack" else ())]
+    assert await packed_when_noted(keyframes, loose, len(b"late")) == [1, *(others if act == "pack" else ())]
 
 
 @pytest.mark.parametrize("act", ["pack", "expire"])
@@ -216,11 +221,7 @@ async def test_a_keyframe_that_comes_before_its_bytes_are_taken_with_others_is_n
     await about_to_take.wait()
     go_on.set()
     await acting
-    assert {hour: one.nbytes for hour, one in (await loose.read("str_a")).items()} == {0: 4}
-    assert await keyframes.pack("str_a", 0)
-    assert await loose.read("str_a") == {}
-    [pack] = await keyframes.packed("str_a")
-    assert pack.slots.tolist() == ([1, 2] if act == "pack" else [1])
+    assert await packed_when_noted(keyframes, loose, len(b"late")) == ([1, 2] if act == "pack" else [1])
 
 
 async def test_a_usable_root_is_writable_and_left_as_it_was(keyframes, tmp_path):

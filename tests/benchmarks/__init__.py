@@ -1,4 +1,4 @@
-"""Benchmarks: `python -m tests.benchmarks`."""
+"""Measurements, run by `make bench`. Each module prints JSON lines; ratios compare two things in one run."""
 
 import os
 
