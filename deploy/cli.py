@@ -409,8 +409,11 @@ def run_command(arguments: list[str]) -> int:
     except BrokenPipeError:  # whoever read the output has gone; nothing may be flushed into the pipe at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (VideoFailed, RecomputationFailed, CannotServe, BadPortable, OSError) as error:
+    except (VideoFailed, RecomputationFailed, CannotServe, BadPortable) as error:
         display.print_error(str(error))
+        return 1
+    except OSError as error:
+        display.print_error(f"{error.filename}: {error.strerror}" if error.filename else str(error))
         return 1
     except SystemExit as stop:
         if isinstance(stop.code, str):  # usage that names the commands there are, where none was given

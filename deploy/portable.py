@@ -35,6 +35,8 @@ class PortableWriter:
     def __init__(self, path: Path) -> None:
         if not path.name or path.is_dir():
             raise IsADirectoryError(f"{path} is a directory: name the file to be written")
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"there is no folder {path.parent}")
         self._path = path
         self._draft = path.with_name(f".{path.name}.{uuid4().hex[:8]}.part")
 
